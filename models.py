@@ -1,0 +1,355 @@
+"""Models by name: build, freeze, ask for lesion logits, save and load. Their sites are declared in `model_sites`.
+
+Every model built here takes RGB images in [0, 1]: its input normalisation is a part of it (`input_normalization`), so
+that no caller can forget it or apply it twice. The other rooms use `lesion_logits` and never ask which model they hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers.utils import logging as transformers_logging
+
+import model_sites
+from utils import InputError, atomic_path, closest, pick, seed_everything, write_text
+from weights import HUB_ERRORS, from_hub, load_pretrained_file, load_state, offline_message
+
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((128 / 255,) * 3, (128 / 255,) * 3),  # (x − 128) / 128 for x in 0..255
+    "none": ((0.0,) * 3, (1.0,) * 3),  # the earlier study's
+}
+UNETPP_PRESETS = {
+    "smoke": {"encoder_name": "resnet18", "decoder_channels": [32, 16, 16, 8, 8]},
+    "demo": {"encoder_name": "resnet18", "decoder_channels": [64, 48, 32, 24, 16]},
+    "isic2018": {"encoder_name": "resnet34", "decoder_channels": [256, 128, 64, 32, 16]},
+}
+_SWIN_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+MASK2FORMER_PRESETS = {
+    "smoke": {
+        "swin": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 4},
+        "hidden_dim": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_queries": 5,
+        "num_attention_heads": 4,
+        "train_num_points": 256,
+    },
+    "demo": {
+        "swin": {"embed_dim": 48, "depths": [1, 1, 2, 1], "num_heads": [2, 4, 8, 16], "window_size": 4},
+        "hidden_dim": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 4,
+        "num_queries": 10,
+        "num_attention_heads": 4,
+        "train_num_points": 1024,
+    },
+    "swin_tiny": {"swin": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}},
+    "isic2018": {"hub": "facebook/mask2former-swin-base-IN21k-ade-semantic"},
+}
+# The architecture behind the hub names we know, so that `weights: none` needs no network.
+_KNOWN_HUB_CONFIGS = {
+    "facebook/mask2former-swin-base-IN21k-ade-semantic": {
+        "swin": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12}
+    },
+}
+LABELS = {0: "background", 1: "lesion"}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything needed to build a model again; stored beside its weights.
+
+    name : 'unetpp' or 'mask2former'
+    preset : a preset of that name; for unetpp also any encoder of segmentation-models-pytorch, for mask2former any
+        Swin-based hub name or local folder in the hub's format
+    weights : 'none' (random), 'imagenet' (the pretrained ones of the preset, from the hub or its local cache), or a
+        file: encoder or whole-model state as safetensors or legacy .pth; for mask2former also a folder
+    normalization : 'imagenet', 'half' or 'none', see NORMALIZATIONS
+    freeze : modules (by role: 'encoder') whose parameters do not train and which stay in eval mode
+    answer : what `lesion_logits` means for Mask2Former: 'semantic', or 'query:1' (the earlier study's objective)
+    options : overrides of the preset's entries, e.g. {'encoder_name': 'mobilenet_v2'} or {'num_queries': 20}
+    """
+
+    name: str = "unetpp"
+    preset: str = "demo"
+    weights: str = "none"
+    normalization: str = "imagenet"
+    freeze: tuple[str, ...] = ()
+    answer: str = "semantic"
+    options: dict = field(default_factory=dict)
+
+
+def build_model(spec: ModelSpec, seed: int = 0) -> nn.Module:
+    """The model of a spec, its random weights drawn from `seed`; carries `spec`, its normalisation and its sites."""
+    builder = pick("model", spec.name, _BUILDERS)
+    pick("normalization", spec.normalization, NORMALIZATIONS)
+    _check_answer(spec)
+    seed_everything(seed)
+    return _dress(builder(spec), spec)
+
+
+def _dress(model: nn.Module, spec: ModelSpec) -> nn.Module:
+    model.spec = spec
+    model.input_normalization = NORMALIZATIONS[spec.normalization]
+    model.register_forward_pre_hook(normalize_input, with_kwargs=True)
+    model.default_sites = functools.partial(model_sites.default_sites, model)
+    model.declare_site = functools.partial(model_sites.declare_site, model)
+    for role in spec.freeze:
+        freeze(model, role)
+    return model
+
+
+def normalize_input(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook: (images − mean) / std of the model's own training, for images (B, 3, H, W) in [0, 1]."""
+    images = args[0] if args else kwargs["pixel_values"]
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise InputError(
+            f"images must be float (batch, 3, height, width) in [0, 1], got {tuple(images.shape)} {images.dtype}"
+        )
+    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in model.input_normalization)
+    images = (images - mean) / std
+    return ((images, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": images})
+
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+def _build_unetpp(spec: ModelSpec) -> nn.Module:
+    options = _unetpp_options(spec)
+    encoder = options["encoder_name"]
+    if spec.weights != "imagenet":
+        model = smp.UnetPlusPlus(encoder_weights=None, classes=1, **options)
+        if spec.weights != "none":
+            load_pretrained_file(model, model.encoder, Path(spec.weights))
+        return model
+    try:
+        return smp.UnetPlusPlus(encoder_weights="imagenet", classes=1, **options)
+    except KeyError as error:
+        raise InputError(
+            f"encoder {encoder!r} has no ImageNet weights: {error}; use weights 'none' or a file"
+        ) from error
+    except HUB_ERRORS as error:
+        raise InputError(offline_message(f"smp-hub/{encoder}.imagenet", error)) from error
+
+
+def _unetpp_options(spec: ModelSpec) -> dict:
+    known = set(smp.encoders.get_encoder_names())
+    if spec.preset in UNETPP_PRESETS:
+        options = UNETPP_PRESETS[spec.preset] | spec.options
+    elif spec.preset in known or spec.preset.startswith("tu-"):
+        options = {"encoder_name": spec.preset} | spec.options
+    else:
+        raise InputError(
+            f"unknown unetpp preset or encoder {spec.preset!r}; closest: "
+            f"{closest(spec.preset, [*UNETPP_PRESETS, *known])}"
+        )
+    encoder = options["encoder_name"]
+    if encoder not in known and not encoder.startswith("tu-"):
+        raise InputError(f"unknown encoder {encoder!r}; closest: {closest(encoder, known)}")
+    allowed = {"encoder_name", "decoder_channels", "encoder_depth", "decoder_use_batchnorm", "decoder_attention_type"}
+    _refuse_unknown_options(options, allowed)
+    return options
+
+
+def _build_mask2former(spec: ModelSpec) -> nn.Module:
+    options = MASK2FORMER_PRESETS.get(spec.preset, {"hub": spec.preset}) | spec.options
+    source = options.get("hub")
+    if (
+        source is not None
+        and spec.preset not in MASK2FORMER_PRESETS
+        and "/" not in source
+        and not Path(source).is_dir()
+    ):
+        raise InputError(
+            f"unknown mask2former preset {spec.preset!r}; closest: {closest(spec.preset, MASK2FORMER_PRESETS)}; "
+            "a hub name has the form 'owner/name', a local one is a folder"
+        )
+    if source is not None and spec.weights == "imagenet":
+        return _mask2former_from_hub(source)
+    if spec.weights == "imagenet":
+        raise InputError(
+            f"mask2former preset {spec.preset!r} has no pretrained weights; use 'none', a file, or a hub name"
+        )
+    config = _mask2former_config(options)
+    if Path(spec.weights).is_dir():
+        return _mask2former_from_hub(spec.weights)
+    model = Mask2FormerForUniversalSegmentation(config)
+    if spec.weights != "none":
+        load_pretrained_file(model, model_sites.encoder_of(model), Path(spec.weights))
+    return model
+
+
+def _mask2former_config(options: dict) -> Mask2FormerConfig:
+    options = dict(options)
+    if "hub" in options:
+        hub = options.pop("hub")
+        if hub not in _KNOWN_HUB_CONFIGS:
+            config = from_hub(Mask2FormerConfig.from_pretrained, hub)
+            config.num_labels = len(LABELS)
+            return config
+        options = _KNOWN_HUB_CONFIGS[hub] | options
+    swin = SwinConfig(out_features=_SWIN_STAGES, **options.pop("swin"))
+    if "hidden_dim" in options:  # one width for the whole decoder, and feed-forwards of twice that
+        width = options["hidden_dim"]
+        options = {
+            "feature_size": width,
+            "mask_feature_size": width,
+            "dim_feedforward": 2 * width,
+            "encoder_feedforward_dim": 2 * width,
+        } | options
+    allowed = set(Mask2FormerConfig().to_dict()) | {"num_labels"}
+    _refuse_unknown_options(options, allowed)
+    return Mask2FormerConfig(
+        backbone_config=swin, id2label=LABELS, label2id={v: k for k, v in LABELS.items()}, **options
+    )
+
+
+def _mask2former_from_hub(source: str) -> nn.Module:
+    load = functools.partial(
+        Mask2FormerForUniversalSegmentation.from_pretrained,
+        id2label=LABELS,
+        label2id={name: index for index, name in LABELS.items()},
+        ignore_mismatched_sizes=True,  # the class head is new: ours has two labels
+    )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its load report names the new head on every start
+    try:
+        return from_hub(load, source)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _refuse_unknown_options(options: dict, allowed: set[str]) -> None:
+    for name in options:
+        if name not in allowed:
+            raise InputError(f"unknown model option {name!r}; closest: {closest(name, allowed)}")
+
+
+def _check_answer(spec: ModelSpec) -> None:
+    kind, _, query = spec.answer.partition(":")
+    if spec.answer != "semantic" and (kind != "query" or not query.isdigit()):
+        raise InputError(f"unknown answer {spec.answer!r}; use 'semantic' or 'query:N'")
+
+
+_BUILDERS = {"unetpp": _build_unetpp, "mask2former": _build_mask2former}
+
+
+# --------------------------------------------------------------------------------------------------- what they do
+
+
+def lesion_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Log-odds of lesion for every pixel: images (B, 3, H, W) in [0, 1] -> (B, 1, H, W).
+
+    Mask2Former: log-odds of its semantic inference, log Σ_q p_q(lesion) σ(m_q) − log Σ_q p_q(background) σ(m_q)
+    (Cheng et al. 2022), computed in log space at the masks' resolution and upsampled bilinearly; with
+    `answer='query:k'` the k-th query's mask logit.
+    """
+    output = model(images)
+    if isinstance(output, Tensor):
+        return output
+    logits = _semantic_log_odds(output) if model.spec.answer == "semantic" else _one_query(output, model.spec.answer)
+    return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _semantic_log_odds(output) -> Tensor:
+    classes = output.class_queries_logits.float().log_softmax(-1)[..., : len(LABELS)]  # the last one is 'no object'
+    masks = F.logsigmoid(output.masks_queries_logits.float())
+    background, lesion = (torch.logsumexp(classes[..., label, None, None] + masks, dim=1) for label in LABELS)
+    return (lesion - background)[:, None]
+
+
+def _one_query(output, answer: str) -> Tensor:
+    query = int(answer.partition(":")[2])
+    masks = output.masks_queries_logits
+    if query >= masks.shape[1]:
+        raise InputError(f"answer {answer!r}: the model has {masks.shape[1]} queries, numbered from 0")
+    return masks[:, query, None]
+
+
+def set_loss(model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
+    """Mask2Former's own loss: Hungarian matching of queries to a background and a lesion mask per image.
+
+    A label that has no pixel in an image is left out of that image's targets.
+    """
+    if model.spec.name != "mask2former":
+        raise InputError(f"loss 'set' needs a set of queries; {model.spec.name} has none: use scaled_dice or dice_bce")
+    both = torch.cat([1 - masks, masks], dim=1)
+    present = both.flatten(2).any(-1)
+    output = model(
+        images,
+        mask_labels=[labels[here] for labels, here in zip(both, present)],
+        class_labels=[here.nonzero()[:, 0] for here in present],
+    )
+    return output.loss.sum()
+
+
+def freeze(model: nn.Module, role: str) -> None:
+    """Stop training a module chosen by its role ('encoder'), and keep it in eval mode for good.
+
+    By module, never by a substring of parameter names: Mask2Former's pixel decoder has an encoder of its own.
+    """
+    if role != "encoder":
+        raise InputError(f"can freeze 'encoder', not {role!r}")
+    module = model_sites.encoder_of(model)
+    module.requires_grad_(False)
+    module.eval()
+    # batch norm in train mode would go on updating its statistics: train() of the parent must not reach in here
+    module.train = functools.partial(_stay_in_eval, module)
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def parameter_count(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters."""
+    counts = [(p.numel(), p.numel() if p.requires_grad else 0) for p in model.parameters()]
+    return sum(c for c, _ in counts), sum(t for _, t in counts)
+
+
+# ---------------------------------------------------------------------------------------------------- save and load
+
+
+def save_model(model: nn.Module, folder: Path, extra: dict | None = None) -> None:
+    """`model.safetensors` and `model.json` (spec, `extra`, e.g. the transform of the images) in a folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file(state, temporary)
+    stored = {"spec": dataclasses.asdict(model.spec), "extra": extra or {}}
+    if isinstance(model, Mask2FormerForUniversalSegmentation):
+        stored["config"] = model.config.to_diff_dict()  # so that loading needs neither hub nor the folder it came from
+    write_text(folder / "model.json", json.dumps(stored, indent=1, default=str) + "\n")
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict]:
+    """(model in eval mode, the extra that was saved with it) from a folder of `save_model`."""
+    folder = Path(folder)
+    if not (folder / "model.json").is_file():
+        raise InputError(
+            f"checkpoint folder {folder} has no model.json; give a folder that train.py wrote, such as …/best"
+        )
+    stored = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    spec = ModelSpec(**{key: tuple(value) if key == "freeze" else value for key, value in stored["spec"].items()})
+    if "config" in stored:
+        model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig.from_dict(stored["config"]))
+    else:
+        model = _build_unetpp(dataclasses.replace(spec, weights="none"))
+    load_state(_dress(model, spec), folder / "model.safetensors")
+    return model.eval(), stored["extra"]
+
+
+warnings.filterwarnings("ignore", message=r".*torch\.meshgrid.*")  # transformers' own, once a process

@@ -1,0 +1,79 @@
+"""Spatial policies: how one batch of a site's activations becomes rows and features, by axis name."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from similarity.sites import IMAGE_AXES, Site
+
+POLICIES = {
+    "gap": "mean over space, tokens or queries: (n, channel)",
+    "grid:g": "area-resized to g × g cells, (image, cell) pairs as rows: (n, g·g, channel)",
+    "flat:g": "area-resized to g × g cells, all of them features of the image: (n, g·g·channel)",
+    "tokens": "every position, token or query is a row: (n, position, channel)",
+    "map": "the full map: (n, channel, height, width); memory grows with it",
+}
+
+
+def parse_policy(policy: str) -> tuple[str, int]:
+    """'grid:4' -> ('grid', 4); 'gap' -> ('gap', 0)."""
+    kind, _, cells = policy.partition(":")
+    known = {name.partition(":")[0] for name in POLICIES}
+    takes_cells = kind in ("grid", "flat")
+    if kind not in known or takes_cells != bool(cells) or (takes_cells and not (cells.isdigit() and int(cells) > 0)):
+        raise ValueError(
+            f"unknown policy {policy!r}; choose from {', '.join(POLICIES)} (g a whole number, as in grid:4)"
+        )
+    return kind, int(cells or 0)
+
+
+def usable(site: Site, policy: str) -> bool:
+    """Whether the policy is defined at this site: grids and maps need features that have a place."""
+    return parse_policy(policy)[0] in ("gap", "tokens") or site.spatial
+
+
+def reduce(tensor: Tensor, site: Site, policy: str, image_size: tuple[int, int]) -> Tensor:
+    """One batch of a site's activations, reduced: (batch, channel), (batch, position, channel) or full maps.
+
+    `image_size` is (height, width) of the model's input in pixels; tokens find their places by it and their strides.
+    Computed in at least float32.
+    """
+    kind, cells = parse_policy(policy)
+    if not usable(site, policy):
+        raise ValueError(f"policy {policy!r} needs space, and site {site.name!r} has axes {site.axes}; use 'gap'")
+    tensor = tensor.detach()
+    tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    if kind in ("gap", "tokens"):
+        rows = _positions(tensor, site)
+        return rows.mean(1) if kind == "gap" else rows
+    maps = to_map(tensor, site, image_size)
+    if kind == "map":
+        return maps
+    grid = F.adaptive_avg_pool2d(maps, cells).flatten(2).transpose(1, 2)
+    return grid if kind == "grid" else grid.flatten(1)
+
+
+def _positions(tensor: Tensor, site: Site) -> Tensor:
+    """(batch, position, channel): every axis that is neither batch nor channel is a position."""
+    places = [i for i, axis in enumerate(site.axes) if axis not in ("batch", "channel")]
+    tensor = tensor.permute(site.axes.index("batch"), *places, site.axes.index("channel"))
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+def to_map(tensor: Tensor, site: Site, image_size: tuple[int, int]) -> Tensor:
+    """(batch, channel, height, width); tokens are laid out row by row, the finest of several strides is used."""
+    if "height" in site.axes:
+        return tensor.permute(*(site.axes.index(axis) for axis in IMAGE_AXES))
+    tokens = _positions(tensor, site)
+    sizes = [tuple(-(-side // stride) for side in image_size) for stride in site.strides]
+    counts = [height * width for height, width in sizes]
+    if sum(counts) != tokens.shape[1]:
+        raise ValueError(
+            f"site {site.name!r} has {tokens.shape[1]} tokens, but strides {site.strides} on {image_size} give {counts}"
+        )
+    finest = site.strides.index(min(site.strides))
+    start = sum(counts[:finest])
+    chosen = tokens[:, start : start + counts[finest]]
+    return chosen.transpose(1, 2).unflatten(2, sizes[finest])

@@ -1,0 +1,1 @@
+"""One file a study, each `run(config) -> results folder`."""

@@ -1,0 +1,394 @@
+"""Do UNet++ and Mask2Former, trained on the same task, end up with the same internal representations?
+
+Trains both with several seeds, scores them on the test images, records every informative site of each and of its
+untrained twin on those images, and compares all sites × sites with a ruler: the null (permuted images), the ceiling
+(the same architecture from another seed) and the floor (the untrained twins). Finished parts are never recomputed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from dataset import SegmentationDataset, make_loader
+from inference import score
+from loss_metrics import summarize
+from models import ModelSpec, build_model, load_model
+from similarity import Plane, Recording, calibration, plane, record_models
+from similarity.measures import MEASURES
+from similarity.recording import hash_model
+from sources import ImageSource, open_datasets
+from studies import universality_report as report
+from train import Recipe, TrainConfig, check_recipe, objective, train
+from utils import InputError, closest, digest, format_seconds, open_run, progress, resolve_device, write_table
+
+# name in the configuration -> (measure, options); the debiased estimators are the headline
+ESTIMATORS = {
+    "linear_cka": ("linear_cka", {"debiased": True}),
+    "linear_cka_biased": ("linear_cka", {"debiased": False}),
+    "rbf_cka": ("rbf_cka", {"debiased": True, "fraction": 1.0}),
+    "svcca": ("svcca", {"variance": 0.99}),
+    "rsa": ("rsa", {"rdm": "correlation", "compare": "spearman"}),
+}
+HEADLINE = "linear_cka"
+PARTS = ("encoder", "decoder")
+
+
+@dataclass
+class UniversalityConfig(ImageSource):
+    """
+    Args:
+        seeds: of the trainings; at least two, or there is no ceiling
+        models: the two recipes to compare
+        policies: spatial policy -> estimators computed under it (linear_cka, linear_cka_biased, rbf_cka, svcca, rsa)
+        permutations: of the images, for the null
+        batch_size: images at a time when scoring and recording
+        weights: overrides every model's weights: 'none' or 'imagenet'
+        epochs: overrides every model's epochs
+        out: results folder; default results/universality, with the data's and preset's name unless both are the demo's
+        device: auto, cpu or cuda
+        workers: processes that read images
+    """
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    models: list[Recipe] = field(default_factory=lambda: [Recipe(), Recipe(model="mask2former")])
+    policies: dict[str, list[str]] = field(default_factory=lambda: {"gap": [HEADLINE]})
+    permutations: int = 200
+    batch_size: int = 32
+    weights: str | None = None
+    epochs: int | None = None
+    out: str | None = None
+    device: str = "auto"
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One network of the study: which recipe, which seed, and whether it was trained at all."""
+
+    recipe: Recipe
+    seed: int
+    trained: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.model}-seed{self.seed}" + ("" if self.trained else "-untrained")
+
+
+def run(config: UniversalityConfig) -> Path:
+    """The whole study; returns the results folder."""
+    config = settle(config)
+    device = resolve_device(config.device)
+    for recipe in config.models:
+        build_model(recipe.spec)  # unknown presets and missing weights are said now, not after the first training
+    datasets = open_datasets(config)
+    fingerprints = {name: data.fingerprint for name, data in datasets.items()}
+    settings = dataclasses.asdict(config) | {"data_hash": digest(fingerprints)}
+    folder = open_run(Path(config.out), settings, device)
+    print(f"{estimate(config, datasets)} Results: {folder}", flush=True)
+
+    train_all(config, datasets, folder)
+    metrics = score_all(config, datasets["test"], folder, device)
+    recordings = record_all(config, datasets["test"], folder, device)
+    planes = compare_all(config, recordings, folder)
+    tables = calibrate(config, recordings, planes)
+    for name, table in tables.items():
+        write_table(table, folder / f"{name}.csv")
+    report.write(config, folder, datasets, metrics, planes, tables, device)
+    return folder
+
+
+def settle(config: UniversalityConfig) -> UniversalityConfig:
+    """Apply the overrides, choose the results folder, and refuse what cannot run."""
+    changes = {key: getattr(config, key) for key in ("weights", "epochs") if getattr(config, key) is not None}
+    if changes.get("weights") not in (None, "none", "imagenet"):
+        raise InputError(
+            f"--weights {changes['weights']}: a file belongs to one model; set weights in the YAML instead"
+        )
+    models = [dataclasses.replace(recipe, **changes) for recipe in config.models]
+    names = [recipe.model for recipe in models]
+    if len(models) != 2 or len(set(names)) != 2:
+        raise InputError(f"the study compares two different models, got {names}; give one recipe of each")
+    for recipe in models:
+        check_recipe(recipe)
+        objective(recipe)
+    for policy, estimators in config.policies.items():
+        for name in estimators:
+            if name not in ESTIMATORS:
+                raise InputError(f"unknown measure {name!r} under {policy}; closest: {closest(name, ESTIMATORS)}")
+    if HEADLINE not in config.policies.get("gap", []):
+        raise InputError(f"policies must hold {HEADLINE} under gap: it is the headline of the summary")
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        raise InputError(f"seeds must be different numbers, got {config.seeds}")
+    out = config.out or default_folder(config)
+    return dataclasses.replace(config, models=models, out=str(out))
+
+
+def default_folder(config: UniversalityConfig) -> str:
+    """results/universality for the synthetic demo; other images and presets get folders of their own."""
+    presets = sorted({recipe.preset for recipe in config.models} - {"demo"})
+    data = [] if config.is_synthetic else [Path(config.data).resolve().name]
+    return "-".join(["results/universality", *data, *presets])
+
+
+def members(config: UniversalityConfig) -> list[Trained]:
+    """Every network of the study: recipes × seeds, trained and untrained."""
+    return [
+        Trained(recipe, seed, trained) for trained in (True, False) for recipe in config.models for seed in config.seeds
+    ]
+
+
+def load_member(member: Trained, folder: Path) -> nn.Module:
+    """The best checkpoint, or for an untrained twin the weights that its training started from."""
+    if member.trained:
+        return load_model(folder / "models" / member.name / "best")[0]
+    return build_model(untrained_spec(member.recipe), member.seed).eval()
+
+
+def untrained_spec(recipe: Recipe) -> ModelSpec:
+    """The floor is the random-init twin, also where training starts from pretrained weights (SCIENCE, section 4)."""
+    return dataclasses.replace(recipe.spec, weights="none", freeze=())
+
+
+# --------------------------------------------------------------------------------------------------------- estimate
+
+
+def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset]) -> str:
+    """One sentence: how long the trainings will take here, from timed steps of both models on this machine."""
+    seconds, sizes = 0.0, {name: len(data) for name, data in datasets.items()}
+    todo = 0
+    for recipe in config.models:
+        remaining = [seed for seed in config.seeds if not _finished(config, recipe, seed)]
+        todo += len(remaining)
+        if remaining:
+            step, forward = _time_a_step(recipe, datasets["train"], config.device)
+            images = sizes["train"] * recipe.epochs
+            scored = sizes["validation"] * recipe.epochs + 3 * sizes["test"]
+            seconds += len(remaining) * (images * step + scored * forward)
+    recorded = f"{2 * len(config.seeds) * len(config.models)} recordings of {sizes['test']} test images"
+    if not todo:
+        return (
+            f"Trainings are finished; {recorded} and their planes follow in about a minute unless they are there too."
+        )
+    # planes, permutations and figures: measured at 40 s for 200 images and two seeds on two cores
+    epochs = ", ".join(f"{recipe.model} {recipe.epochs} epochs" for recipe in config.models)
+    seconds += 40 * (sizes["test"] / 200) ** 2 * (config.permutations / 200)
+    return f"{todo} trainings on {sizes['train']} images ({epochs}), {recorded}: about {format_seconds(seconds)} on this machine."
+
+
+def _finished(config: UniversalityConfig, recipe: Recipe, seed: int) -> bool:
+    history = Path(config.out) / "models" / Trained(recipe, seed, True).name / "history.csv"
+    return history.exists() and len(pd.read_csv(history)) >= recipe.epochs
+
+
+def _time_a_step(recipe: Recipe, data: SegmentationDataset, device_name: str) -> tuple[float, float]:
+    """(training, scoring) seconds an image: the second of two steps, the first being warm-up."""
+    device = resolve_device(device_name)
+    model = build_model(recipe.spec).to(device).train()
+    loss = objective(recipe)
+    samples = [data[i % len(data)] for i in range(recipe.batch_size)]
+    images, masks = (torch.stack([getattr(s, key) for s in samples]).to(device) for key in ("image", "mask"))
+    for _ in range(2):
+        started = time.perf_counter()
+        value = loss(model, images, masks)
+        forward = time.perf_counter() - started
+        value.backward()
+        float(value.detach())  # waits for the device
+        step = time.perf_counter() - started
+    return step / len(samples), forward / len(samples)
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def train_all(config: UniversalityConfig, datasets: dict[str, SegmentationDataset], folder: Path) -> None:
+    """Every recipe from every seed."""
+    images = {f.name: getattr(config, f.name) for f in dataclasses.fields(ImageSource)}
+    for recipe, seed in itertools.product(config.models, config.seeds):
+        out = folder / "models" / Trained(recipe, seed, True).name
+        datasets["train"].seed = seed
+        started, finished = time.perf_counter(), _finished(config, recipe, seed)
+        job = TrainConfig(
+            **images, **vars(recipe), seed=seed, out=str(out), device=config.device, workers=config.workers
+        )
+        train(job, {name: datasets[name] for name in ("train", "validation")})
+        best = pd.read_csv(out / "history.csv")["validation_iou"].max()
+        took = "already trained" if finished else f"trained in {format_seconds(time.perf_counter() - started)}"
+        print(f"{recipe.model} seed {seed}: {took}, best validation IoU {best:.3f}", flush=True)
+
+
+def score_all(config: UniversalityConfig, test: SegmentationDataset, folder: Path, device) -> pd.DataFrame:
+    """Per-image test metrics of every trained model (cached as test_metrics.csv beside its checkpoint)."""
+    tables = []
+    for member in members(config):
+        if not member.trained:
+            continue
+        path = folder / "models" / member.name / "test_metrics.csv"
+        if not path.exists():
+            model = load_member(member, folder).to(device)
+            write_table(score(model, make_loader(test, config.batch_size), f"scoring {member.name}")[0], path)
+        tables.append(pd.read_csv(path).assign(model=member.recipe.model, seed=member.seed))
+    metrics = pd.concat(tables, ignore_index=True)
+    write_table(metrics, folder / "test_metrics.csv")
+    summaries = [
+        summarize(group).assign(model=model, seed=seed) for (model, seed), group in metrics.groupby(["model", "seed"])
+    ]
+    write_table(pd.concat(summaries, ignore_index=True), folder / "test_summary.csv")
+    return metrics
+
+
+def record_all(
+    config: UniversalityConfig, test: SegmentationDataset, folder: Path, device: torch.device
+) -> dict[str, dict[str, Recording]]:
+    """{member name: {policy: Recording}} on the test images; recordings of the same weights and images are reused."""
+    found, missing = {}, {}
+    for member in members(config):
+        model = load_member(member, folder)
+        cached = {policy: _cached_recording(folder, member, policy, model, test) for policy in config.policies}
+        if all(cached.values()):
+            found[member.name] = cached
+        else:
+            missing[member.name] = model.to(device)
+    if missing:
+        loader = progress(make_loader(test, config.batch_size, workers=config.workers), desc="recording", unit="batch")
+        made = record_models(missing, loader, policies=tuple(config.policies), data_hash=test.fingerprint)
+        for name, recordings in made.items():
+            for policy, recording in recordings.items():
+                recording.save(recording_path(folder, name, policy))
+        found |= made
+    return {member.name: found[member.name] for member in members(config)}
+
+
+def recording_path(folder: Path, member: str, policy: str) -> Path:
+    return folder / "recordings" / f"{member}-{policy.replace(':', '')}.safetensors"
+
+
+def _cached_recording(folder: Path, member: Trained, policy: str, model: nn.Module, test) -> Recording | None:
+    """The recording on disk if it is of these weights and images; a stale one is made again."""
+    path = recording_path(folder, member.name, policy)
+    if not path.exists():
+        return None
+    recording = Recording.load(path)
+    current = recording.model_hash == hash_model(model) and recording.data_hash == test.fingerprint
+    return recording if current else None
+
+
+def compare_all(config: UniversalityConfig, recordings: dict, folder: Path) -> dict[tuple, list[Plane]]:
+    """{(kind, policy, estimator): planes of all sites × all sites, one a pair of networks}.
+
+    kind : 'cross' (first against second model), 'own_a' and 'own_b' (two seeds of one model), 'floor' (untrained twins)
+    Written as planes.csv, one row a pair of networks × pair of sites.
+    """
+    jobs = [
+        (kind, policy, estimator, a, b)
+        for policy, estimators in config.policies.items()
+        for estimator in estimators
+        for kind, pairs in network_pairs(config).items()
+        for a, b in pairs
+    ]
+    planes: dict[tuple, list[Plane]] = {}
+    tidy = []
+    for kind, policy, estimator, a, b in progress(jobs, desc="comparing", unit="plane"):
+        measure, options = ESTIMATORS[estimator]
+        result = plane(measure, recordings[a][policy], recordings[b][policy], **options)
+        planes.setdefault((kind, policy, estimator), []).append(result)
+        tidy.append(result.tidy().assign(kind=kind, estimator=estimator, model_a=a, model_b=b))
+    write_table(pd.concat(tidy, ignore_index=True), folder / "planes" / "planes.csv")
+    return planes
+
+
+def network_pairs(config: UniversalityConfig) -> dict[str, list[tuple[str, str]]]:
+    """Which networks are compared, by kind of comparison."""
+
+    def names(recipe: Recipe, trained: bool) -> list[str]:
+        return [Trained(recipe, seed, trained).name for seed in config.seeds]
+
+    first, second = config.models
+    return {
+        "cross": list(itertools.product(names(first, True), names(second, True))),
+        "own_a": list(itertools.combinations(names(first, True), 2)),
+        "own_b": list(itertools.combinations(names(second, True), 2)),
+        "floor": list(itertools.product(names(first, False), names(second, False))),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- the ruler
+
+
+def calibrate(config: UniversalityConfig, recordings: dict, planes: dict) -> dict[str, pd.DataFrame]:
+    """The tables `pairs` (every site pair), `depth` (pairs at matched relative depth) and `summary` (their means)."""
+    pairs, depth, summary = [], [], []
+    for policy, estimators in config.policies.items():
+        A, B = (recordings[name][policy] for name in network_pairs(config)["cross"][0])
+        for estimator in estimators:
+            kinds = {kind: planes.get((kind, policy, estimator), []) for kind in network_pairs(config)}
+            table = _label(calibration.ruler_table(**kinds), estimator, A, B)
+            pairs.append(table)
+            for part in PARTS:
+                matched = calibration.matched_depth_pairs(A.select(part=part), B.select(part=part))
+                rows = table.set_index(["site_a", "site_b"]).loc[matched].reset_index()
+                rows["relative_depth"] = [i / max(len(matched) - 1, 1) for i in range(len(matched))]
+                depth.append(rows)
+                summary.append(_summarize(config, A, B, rows, kinds["cross"], part, estimator))
+    tables = {"pairs": pairs, "depth": depth}
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()} | {
+        "summary": pd.DataFrame(summary)
+    }
+
+
+def _label(table: pd.DataFrame, estimator: str, A: Recording, B: Recording) -> pd.DataFrame:
+    """Which estimator, and which part of its model each site is in."""
+    for side, recording in (("a", A), ("b", B)):
+        parts = {site.name: site.part for site in recording.sites}
+        table.insert(0, f"part_{side}", table[f"site_{side}"].map(parts))
+    table.insert(0, "estimator", estimator)
+    return table
+
+
+def _summarize(
+    config: UniversalityConfig,
+    A: Recording,
+    B: Recording,
+    rows: pd.DataFrame,
+    cross: list[Plane],
+    part: str,
+    estimator: str,
+) -> dict:
+    """One line: the mean over the pairs of a part at matched depth, beside the same mean of null, floor and ceiling."""
+    needed = [key for key in ("similarity", "floor", "ceiling") if rows[key].notna().any()]
+    usable = rows.dropna(subset=needed)  # one set of pairs for every column, or they could not be compared
+    chosen = list(zip(usable["site_a"], usable["site_b"]))
+    measure, options = ESTIMATORS[estimator]
+    null = calibration.permutation_null(
+        measure, A, B, chosen, permutations=config.permutations, seed=config.seeds[0], **options
+    ).iloc[-1]
+    means = [calibration.mean_over(plane_of_seeds, chosen) for plane_of_seeds in cross]
+    similarity, floor, ceiling = (usable[key].mean() for key in ("similarity", "floor", "ceiling"))
+    u = calibration.position(similarity, floor, ceiling)
+    return {
+        "part": part,
+        "measure": MEASURES[measure].label,
+        "estimator": estimator,
+        "policy": A.policy,
+        "similarity": similarity,
+        "low": min(means),
+        "high": max(means),
+        "floor": floor,
+        "ceiling": ceiling,
+        "u": u,
+        "null_mean": null["null_mean"],
+        "null_high": null["null_high"],
+        "p_value": null["p_value"],
+        "verdict": calibration.word(similarity, u, null["null_high"]),
+        "site_pairs": len(chosen),
+        "site_pairs_left_out": len(rows) - len(chosen),
+        "network_pairs": len(means),
+        "n_images": len(A),
+    }

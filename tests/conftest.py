@@ -1,0 +1,33 @@
+"""Fixtures that every room's tests share: images, and what runs need to stay inside the test's own folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_image_cache(tmp_path_factory):
+    os.environ["ISIC_CACHE"] = str(tmp_path_factory.mktemp("image-cache"))
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The real images beside the project; a test that needs them says so when they are not there."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real images are not at hand (no folder {folder.parent.name}/data beside the project)")
+    return folder.parent
+
+
+@pytest.fixture(scope="session")
+def synthetic_root(tmp_path_factory) -> Path:
+    """24 synthetic images of 64 px in ISIC's layout: 12 Training, 4 Validation, 8 Test."""
+    from synthetic import make_dataset
+
+    counts = {"Training": 12, "Validation": 4, "Test": 8}
+    return make_dataset(tmp_path_factory.mktemp("synthetic") / "set", counts=counts, size=64, seed=0)

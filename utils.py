@@ -1,0 +1,218 @@
+"""Ground floor: errors as sentences, seeds, devices, run folders and the record of the environment.
+
+Everything here is free of models, images and measures, so that every other room may import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+HOME = Path(__file__).resolve().parent
+RECORDED_PACKAGES = (
+    "torch",
+    "torchvision",
+    "segmentation-models-pytorch",
+    "transformers",
+    "timm",
+    "accelerate",
+    "albumentations",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+)
+# Settings that say where and how fast a run goes, not what it computes.
+UNCOMPARED_SETTINGS = ("out", "device", "workers")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what, where and the remedy."""
+
+
+@contextlib.contextmanager
+def sentences_instead_of_tracebacks() -> Iterator[None]:
+    """Around a command line: an InputError becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def closest(name: str, choices: Iterable[str], n: int = 3) -> str:
+    """The `n` names most like `name`, as a phrase for an error message."""
+    choices = list(choices)
+    near = difflib.get_close_matches(name, choices, n=n, cutoff=0.3) or choices[:n]
+    return ", ".join(repr(choice) for choice in near)
+
+
+def pick(kind: str, name: str, table: Mapping[str, object]):
+    """`table[name]`, or an InputError that lists the closest names of this kind."""
+    if name not in table:
+        raise InputError(f"unknown {kind} {name!r}; closest: {closest(name, table)}")
+    return table[name]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:1'; asking for absent CUDA is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; use 'auto', 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device {name!r} was asked for, but PyTorch finds no CUDA device here; use --device cpu (or auto)"
+        )
+    return device
+
+
+def progress(iterable=None, **options):
+    """tqdm, silent when the output is not a terminal or notebook."""
+    quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    return tqdm(iterable, disable=quiet, leave=False, dynamic_ncols=True, **options)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that takes its name only once the block has succeeded."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)  # mkstemp makes files private; results are for everyone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_table(frame, path: Path) -> None:
+    """Write a DataFrame as CSV atomically, without its index, floats to six significant digits."""
+    with atomic_path(path) as temporary:
+        frame.to_csv(temporary, index=False, float_format="%.6g")
+
+
+def digest(*parts: object) -> str:
+    """First 16 hex digits of the SHA-256 of the parts; dicts and lists by their sorted JSON."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
+        state.update(data + b"\0")
+    return state.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """First 16 hex digits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def git_commit() -> str:
+    """The commit of this checkout, with '+changes' when tracked files differ; 'not a git checkout' outside one."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *arguments], cwd=HOME, capture_output=True, text=True, check=False)
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+    except FileNotFoundError:
+        return "git is not installed"
+    if head.returncode != 0:
+        return "not a git checkout"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!*.ipynb").stdout.strip()
+    return head.stdout.strip() + ("+changes" if changed else "")
+
+
+def environment(device: torch.device) -> dict:
+    """What a result was computed with: commit, versions, machine, device, time (UTC)."""
+    return {
+        "commit": git_commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+    }
+
+
+def open_run(folder: Path, config: Mapping, device: torch.device) -> Path:
+    """Create a run folder, or continue one made with the same settings; another config is refused.
+
+    Writes `config.yaml` and `environment.json`. Settings in `UNCOMPARED_SETTINGS` may differ between the runs.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output folder {folder} is a file; choose another folder with --out")
+    stored = folder / "config.yaml"
+    plain = json.loads(json.dumps(config, default=str))
+    if stored.exists():
+        _refuse_other_config(folder, yaml.safe_load(stored.read_text(encoding="utf-8")), plain)
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"output folder {folder} is not empty and is no run of ours; choose another with --out")
+    write_text(stored, yaml.safe_dump(plain, sort_keys=False))
+    write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
+    return folder
+
+
+def _refuse_other_config(folder: Path, old: Mapping, new: Mapping) -> None:
+    different = [
+        key
+        for key in sorted(set(old) | set(new))
+        if key not in UNCOMPARED_SETTINGS and old.get(key, "absent") != new.get(key, "absent")
+    ]
+    if different:
+        changes = "; ".join(
+            f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now" for key in different
+        )
+        raise InputError(
+            f"output folder {folder} holds a run with other settings ({changes}); "
+            "nothing was changed: choose another folder with --out, or delete that one"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """'45 s', '3 min', '2.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A GitHub table of already formatted cells."""
+    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

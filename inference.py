@@ -18,6 +18,7 @@ from jsonargparse import CLI
 from PIL import Image
 from torch import Tensor, nn
 
+import pictures
 import visualization
 from dataset import IMAGE_SUFFIXES, Sample, find_splits, make_loader
 from dataset import SegmentationDataset as Images
@@ -77,7 +78,7 @@ def picture(dataset: Images, logits: dict[str, Tensor], metrics: pd.DataFrame, n
     """Side by side: image with its true contour, and the prediction, for the first images of the data set."""
     chosen = [dataset[i] for i in range(min(EXAMPLES, len(dataset)))]
     ids = [sample.id for sample in chosen]
-    return visualization.example_predictions(
+    return pictures.example_predictions(
         torch.stack([sample.image for sample in chosen]).numpy(),
         torch.stack([sample.mask for sample in chosen]).numpy() > 0.5,
         {name: torch.stack([logits[i] for i in ids]).numpy() > 0},

@@ -18,17 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from scipy.linalg import orthogonal_procrustes
-from torch.nn import functional
 
 from utils import InputError, atomic_path
 
@@ -46,7 +42,6 @@ MODEL_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 SEED_STYLES = ("-", "--", ":", "-.")
 RANGE_COLOUR = "#D9E2EA"
 PARTS = ("encoder", "decoder")
-PERCENTILES = (2, 98)  # of each component's scores, mapped to no colour and full colour
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -75,7 +70,7 @@ def _last_parts(label: str, width: int) -> str:
     return next((tail for tail in tails if len(tail) <= width), "…" + label[1 - width :])
 
 
-def _new(width: float, height: float, *, title: str, caption: str, synthetic: bool, note: str = "") -> Figure:
+def new_figure(width: float, height: float, *, title: str, caption: str, synthetic: bool, note: str = "") -> Figure:
     """A Figure (inches) with its title at the top left and its wrapped caption at the bottom left."""
     sentences = [part.strip().rstrip(".") + "." for part in (caption, note) if part.strip()]
     if synthetic:
@@ -100,7 +95,7 @@ def _need_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> Non
         raise InputError(f"the {what} table is empty; there is nothing to draw")
 
 
-def _settle(figure: Figure) -> Figure:
+def settle(figure: Figure) -> Figure:
     """Lay the figure out once and for all: constrained layout moves things a little at every further drawing, and
     the file must not depend on whether a notebook has drawn the figure before. The second pass knows the sizes of
     the title, caption and legend that the first one has placed."""
@@ -129,7 +124,7 @@ def training_curves(
     """
     panels = {"train_loss": "training loss", "validation_loss": "validation loss", "validation_iou": "validation IoU"}
     _need_columns(history, ["model", "seed", "epoch", *panels], "history")
-    figure = _new(9.5, 2.9, title=title, caption=caption, synthetic=synthetic)
+    figure = new_figure(9.5, 2.9, title=title, caption=caption, synthetic=synthetic)
     models, seeds = list(history["model"].unique()), sorted(history["seed"].unique())
     colour = {model: MODEL_COLOURS[i % len(MODEL_COLOURS)] for i, model in enumerate(models)}
     style = {seed: SEED_STYLES[i % len(SEED_STYLES)] for i, seed in enumerate(seeds)}
@@ -143,85 +138,7 @@ def training_curves(
     handles = [Line2D([], [], color=colour[model], lw=2, label=str(model)) for model in models]
     handles += [Line2D([], [], color="0.4", linestyle=style[seed], label=f"seed {seed}") for seed in seeds]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
-    return _settle(figure)
-
-
-def _picture_grid(rows: int, columns: int, *, heading: float = 0.3, **texts) -> tuple[Figure, np.ndarray]:
-    """Square pictures of 1.45 inches without ticks, under column headings `heading` inches high."""
-    figure = _new(columns * 1.45 + 0.2, rows * 1.45 + heading + 0.2, **texts)
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.05, wspace=0, hspace=0)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    return figure, axes
-
-
-def _pictures(images) -> np.ndarray:
-    """(k, 3, H, W) in [0, 1] to (k, H, W, 3)."""
-    images = np.asarray(images, dtype=np.float64)
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise InputError(f"images have shape {images.shape}; (k, 3, H, W) is needed")
-    if not (images.min() >= 0 and images.max() <= 1):
-        raise InputError(f"images span {images.min():.3g} to {images.max():.3g}; undo the normalisation to get [0, 1]")
-    return images.transpose(0, 2, 3, 1)
-
-
-def _outline(ax: Axes, mask: np.ndarray, colour: str) -> None:
-    if mask.min() == mask.max():  # no border to draw
-        return
-    lines = ax.contour(np.pad(mask.astype(float), 1), levels=[0.5], colors=colour, linewidths=1.3)
-    lines.set_path_effects([withStroke(linewidth=2.4, foreground="black", alpha=0.6)])
-
-
-def _note(ax: Axes, text: str) -> None:
-    box = {"facecolor": "black", "alpha": 0.6, "pad": 1.5, "edgecolor": "none"}
-    ax.text(0.03, 0.03, text, transform=ax.transAxes, color="white", fontsize=7, va="bottom", bbox=box)
-
-
-def example_predictions(
-    images: np.ndarray,
-    masks: np.ndarray,
-    predictions: Mapping[str, np.ndarray],
-    ids: Sequence[str],
-    scores: Mapping[str, Sequence[float]],
-    *,
-    title: str = "What do the models outline?",
-    caption: str = "",
-    synthetic: bool = False,
-) -> Figure:
-    """One row an image: the image with the true outline, then each model's outline beside the true one.
-
-    images (k, 3, H, W) in [0, 1]; masks (k, 1, H, W) in {0, 1}; predictions: model -> bool (k, 1, H, W);
-    scores: model -> k per-image IoU values, written into the pictures.
-    """
-    pictures, masks = _pictures(images), np.asarray(masks)
-    k, size = len(pictures), pictures.shape[1:3]
-    shapes = {"masks": masks.shape, **{name: np.shape(prediction) for name, prediction in predictions.items()}}
-    for name, shape in shapes.items():
-        if shape != (k, 1, *size):
-            raise InputError(f"{name} have shape {shape}; {(k, 1, *size)} is needed, as the images'")
-    if len(ids) != k or any(len(scores[name]) != k for name in predictions):
-        raise InputError(f"{k} images need {k} ids and {k} scores of each model")
-    note = "Yellow: true outline; blue: predicted outline"
-    texts = {"title": title, "caption": caption, "synthetic": synthetic, "note": note}
-    figure, axes = _picture_grid(k, 1 + len(predictions), **texts)
-    names = ["true outline", *predictions]
-    for (row, column), ax in np.ndenumerate(axes):
-        ax.imshow(pictures[row], extent=(0.5, size[1] + 0.5, size[0] + 0.5, 0.5))  # masks are padded by one pixel
-        _outline(ax, masks[row, 0], YELLOW)
-        if column:
-            prediction = np.asarray(predictions[names[column]])[row, 0]
-            _outline(ax, prediction, SKY)
-            _note(ax, f"IoU {scores[names[column]][row]:.2f}" + ("" if prediction.any() else ", nothing found"))
-        elif not masks[row, 0].any():
-            _note(ax, "no lesion")
-        if row == 0:
-            ax.set_title(names[column], fontsize=9)
-        if column == 0:
-            ax.set_ylabel(ids[row], fontsize=7)
-        ax.set(xlim=(0.5, size[1] + 0.5), ylim=(size[0] + 0.5, 0.5))
-    return _settle(figure)
+    return settle(figure)
 
 
 def _scale(values: np.ndarray, vmin: float | None, vmax: float | None) -> tuple[str, Normalize, tuple[float, float]]:
@@ -331,7 +248,7 @@ def planes(
         note = (note + ". " if note else "") + "Dots: the best column of each row"
     tables = list(frames.values())
     shared = all(frame.index.equals(tables[0].index) for frame in tables)
-    figure = _new(*_plane_size(tables, shared), title=title, caption=caption, synthetic=synthetic, note=note)
+    figure = new_figure(*_plane_size(tables, shared), title=title, caption=caption, synthetic=synthetic, note=note)
     cmap, norm, used = _scale(
         np.concatenate([frame.to_numpy(dtype=np.float64).ravel() for frame in tables]), vmin, vmax
     )
@@ -341,13 +258,14 @@ def planes(
         if best:
             _mark_best(ax, frame, larger_is_better)
         _name_sites(ax, frame, y=i == 0 or not shared)
-        ax.set_xlabel(xlabel, fontsize=9)
+        if i == (len(tables) - 1) // 2 or not shared:  # narrow panels have no room for a label each
+            ax.set_xlabel(xlabel, fontsize=9)
         if i == 0 or not shared:
             ax.set_ylabel(ylabel, fontsize=9)
         if len(tables) > 1:
             ax.set_title(name, fontsize=9, pad=14 if boundaries[1] is not None else 4)
     _colour_bar(figure, list(axes), cmap, norm, used, label)
-    return _settle(figure)
+    return settle(figure)
 
 
 def similarity_plane(values: pd.DataFrame, title: str, xlabel: str, ylabel: str, **options) -> Figure:
@@ -375,7 +293,7 @@ def measure_grid(
     note = _check_planes(planes)
     columns = min(3, len(planes))
     rows = -(-len(planes) // columns)
-    figure = _new(3.2 * columns, 2.7 * rows, title=title, caption=caption, synthetic=synthetic, note=note)
+    figure = new_figure(3.2 * columns, 2.7 * rows, title=title, caption=caption, synthetic=synthetic, note=note)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax, (name, frame) in zip(axes.flat, planes.items()):
         values = frame.to_numpy(dtype=np.float64)
@@ -393,21 +311,22 @@ def measure_grid(
         ax.set_ylabel(f"{ylabel} (number, in order)", fontsize=8)
     for ax in axes.flat[len(planes) :]:
         ax.remove()
-    return _settle(figure)
+    return settle(figure)
 
 
 def ruler(
     summary: pd.DataFrame,
     *,
     title: str = "How similar are they, between untrained and the same network again?",
+    spread: str = "interval",
     caption: str = "",
     synthetic: bool = False,
 ) -> Figure:
     """The headline: observed similarity on the ruler from floor to ceiling, a row a measure and policy, a panel a part.
 
     summary : columns measure, policy, part ('encoder' or 'decoder'), similarity, low, high, ceiling, floor, null_high
-    (the null's 95 % point); NaN where unknown, then that mark is not drawn. The number at the right is
-    u = (similarity - floor) / (ceiling - floor), written where the ceiling lies above the floor.
+    (the null's 95 % point); NaN where unknown, then that mark is not drawn. `spread` says what low and high are. The
+    number at the right is u = (similarity - floor) / (ceiling - floor), where the ceiling lies above the floor.
     """
     columns = ["measure", "policy", "part", "similarity", "low", "high", "ceiling", "floor", "null_high"]
     _need_columns(summary, columns, "ruler")
@@ -415,7 +334,7 @@ def ruler(
     if unknown := set(summary["part"]) - set(PARTS):
         raise InputError(f"the ruler table holds parts {sorted(map(str, unknown))}; only {PARTS} are known")
     names = list(dict.fromkeys(zip(summary["measure"], summary["policy"])))
-    figure = _new(9.5, max(0.42 * len(names) + 1.25, 2.6), title=title, caption=caption, synthetic=synthetic)
+    figure = new_figure(9.5, max(0.42 * len(names) + 1.25, 2.6), title=title, caption=caption, synthetic=synthetic)
     axes = figure.subplots(1, len(parts), squeeze=False, sharex=True, sharey=True)[0]
     for ax, part in zip(axes, parts):
         for row in summary[summary["part"] == part].itertuples():
@@ -429,8 +348,10 @@ def ruler(
     labels = [f"{measure} · {policy}" for measure, policy in names]
     axes[0].set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.4, -0.6))
     axes[0].set_ylabel("measure · spatial policy", fontsize=9)
-    figure.legend(handles=_ruler_legend(), loc="outside right center", fontsize=8, frameon=False, labelspacing=1.0)
-    return _settle(figure)
+    figure.legend(
+        handles=_ruler_legend(spread), loc="outside right center", fontsize=8, frameon=False, labelspacing=1.0
+    )
+    return settle(figure)
 
 
 def _draw_ruler(ax: Axes, y: int, row) -> None:
@@ -448,10 +369,10 @@ def _draw_ruler(ax: Axes, y: int, row) -> None:
     ax.plot(row.similarity, y, "o", color=BLACK, ms=6, zorder=5)
 
 
-def _ruler_legend() -> list:
+def _ruler_legend(spread: str) -> list:
     tick = {"linestyle": "none", "marker": "|", "ms": 11}
     return [
-        Line2D([], [], color=BLACK, marker="o", ms=6, lw=1.6, label="observed, with interval"),
+        Line2D([], [], color=BLACK, marker="o", ms=6, lw=1.6, label=f"observed, with {spread}"),
         Patch(color=RANGE_COLOUR, label="floor to ceiling"),
         Line2D([], [], color=ORANGE, mew=2.6, label="floor: untrained twins", **tick),
         Line2D([], [], color=GREEN, mew=2.6, label="ceiling: another seed", **tick),
@@ -475,7 +396,7 @@ def depth_profile(
     """
     _need_columns(frame, ["part", "relative_depth", "similarity", "ceiling", "floor"], "depth")
     parts = list(frame["part"].unique())
-    figure = _new(4.2 * len(parts) + 1.4, 3.0, title=title, caption=caption, synthetic=synthetic)
+    figure = new_figure(4.2 * len(parts) + 1.4, 3.0, title=title, caption=caption, synthetic=synthetic)
     axes = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
     for ax, part in zip(axes, parts):
         rows = frame[frame["part"] == part].sort_values("relative_depth")
@@ -492,119 +413,4 @@ def depth_profile(
     axes[0].set_ylabel(ylabel)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", fontsize=8, frameon=False)
-    return _settle(figure)
-
-
-def pca_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first three principal components over all pixels of all k maps together.
-
-    maps (k, C, h, w) -> scores (k, 3, h, w) in units of the maps, and each component's share of the variance (3,).
-    Components that do not exist (fewer than three channels, or a lower rank at the maps' own float precision) have
-    zero scores and share 0. Signs are fixed so that each component's largest loading is positive.
-    """
-    maps = np.asarray(maps)
-    if maps.ndim != 4 or not np.isfinite(maps).all():
-        raise InputError(f"maps have shape {maps.shape}; a finite (k, C, h, w) is needed")
-    k, channels, height, width = maps.shape
-    pixels = maps.transpose(0, 2, 3, 1).reshape(-1, channels).astype(np.float64)
-    rounding = np.finfo(maps.dtype).eps * np.abs(pixels).max() if maps.dtype.kind == "f" else 0.0
-    for _ in range(2):  # the second pass removes what rounding left of a large mean
-        pixels -= pixels.mean(axis=0)
-    left, values, loadings = np.linalg.svd(pixels, full_matrices=False)
-    tolerance = rounding * (np.sqrt(len(pixels)) + np.sqrt(channels))  # largest singular value of pure rounding
-    kept = min(3, int((values > tolerance).sum()))
-    scores, share = np.zeros((len(pixels), 3)), np.zeros(3)
-    if kept:
-        strongest = np.abs(loadings[:kept]).argmax(axis=1)
-        signs = np.sign(loadings[np.arange(kept), strongest])
-        scores[:, :kept] = left[:, :kept] * values[:kept] * signs
-        share[:kept] = values[:kept] ** 2 / (values**2).sum()
-    return scores.reshape(k, height, width, 3).transpose(0, 3, 1, 2), share
-
-
-def rotate_onto(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """`scores` (k, 3, h2, w2) rotated (or reflected) onto `target` (k, 3, h, w) by orthogonal Procrustes.
-
-    The rotation is found on the target's grid, to which the scores are resized bilinearly, and applied to the scores
-    on their own grid: no detail is lost, and no component is stretched.
-    """
-    if len(scores) != len(target) or scores.shape[1] != 3 or target.shape[1] != 3:
-        raise InputError(
-            f"scores of shapes {scores.shape} and {target.shape}; (k, 3, h, w) of the same k images needed"
-        )
-    resized = functional.interpolate(
-        torch.from_numpy(np.ascontiguousarray(scores)), size=target.shape[2:], mode="bilinear", antialias=True
-    ).numpy()
-    rotation, _ = orthogonal_procrustes(*(side.transpose(0, 2, 3, 1).reshape(-1, 3) for side in (resized, target)))
-    return np.einsum("kchw,cd->kdhw", scores, rotation)
-
-
-def scores_to_rgb(scores: np.ndarray) -> np.ndarray:
-    """(k, 3, h, w) scores to (k, h, w, 3) colours in [0, 1]: 2nd to 98th percentile of each component over all images.
-
-    A component without spread is mid-grey (0.5).
-    """
-    low, high = np.percentile(scores, PERCENTILES, axis=(0, 2, 3), keepdims=True)
-    spread = high - low
-    scaled = np.divide(scores - low, spread, out=np.full_like(scores, 0.5), where=spread > 0)
-    return scaled.clip(0, 1).transpose(0, 2, 3, 1)  # beyond the stated percentiles a colour is saturated
-
-
-def pca_rgb(
-    maps_a: np.ndarray,
-    maps_b: np.ndarray,
-    images: np.ndarray,
-    ids: Sequence[str],
-    labels: tuple[str, str],
-    *,
-    title: str = "Do the two sites see the same regions?",
-    caption: str = "",
-    synthetic: bool = False,
-) -> Figure:
-    """One row an image: the image, A's map (k, C, h, w) and B's map (k, D, h2, w2) as colours; see `pca_rgb_grid`."""
-    pair = (labels[0], maps_a, labels[1], maps_b)
-    return pca_rgb_grid([pair], images, ids, title=title, caption=caption, synthetic=synthetic)
-
-
-def pca_rgb_grid(
-    rows: Sequence[tuple[str, np.ndarray, str, np.ndarray]],
-    images: np.ndarray,
-    ids: Sequence[str],
-    *,
-    title: str = "Do matched sites see the same regions?",
-    caption: str = "",
-    synthetic: bool = False,
-) -> Figure:
-    """One row an image; columns: the image, then A's and B's map of each matched pair of sites as colours.
-
-    rows : matched pairs (label of A, maps of A (k, C, h, w), label of B, maps of B (k, D, h2, w2)). Three principal
-    components a site, over all pixels of all k images, give red, green and blue; B's are rotated onto A's.
-    """
-    pictures = _pictures(images)
-    for label_a, maps_a, label_b, maps_b in rows:
-        if not len(maps_a) == len(maps_b) == len(ids) == len(pictures):
-            counts = f"{len(maps_a)} maps of {label_a}, {len(maps_b)} of {label_b}, {len(ids)} ids"
-            raise InputError(f"{len(pictures)} images, but {counts}; each needs one row an image, in the same order")
-    columns, incomplete = [("image", "", pictures)], False
-    for label_a, maps_a, label_b, maps_b in rows:
-        (scores_a, share_a), (scores_b, share_b) = pca_scores(maps_a), pca_scores(maps_b)
-        columns.append((label_a, f"{share_a.sum():.0%}", scores_to_rgb(scores_a)))
-        columns.append((label_b, f"{share_b.sum():.0%}", scores_to_rgb(rotate_onto(scores_b, scores_a))))
-        incomplete |= bool((share_a == 0).any() or (share_b == 0).any())
-    note = (
-        "Colours: first three principal components of each site over all pixels of all images shown, scaled from the "
-        f"{PERCENTILES[0]}nd to the {PERCENTILES[1]}th percentile; the right site of each pair is rotated onto the "
-        "left one by orthogonal Procrustes, so that colours compare within a pair only. "
-        "Percentages: variance the three components hold."
-    )
-    note += " A component that a site lacks is mid-grey." if incomplete else ""
-    texts = {"title": title, "caption": caption, "synthetic": synthetic, "note": note}
-    figure, axes = _picture_grid(len(pictures), len(columns), heading=0.5, **texts)
-    for (row, column), ax in np.ndenumerate(axes):
-        name, share, content = columns[column]
-        ax.imshow(content[row], interpolation="nearest")
-        if row == 0:
-            ax.set_title("\n".join(textwrap.wrap(name, 20) + [share] * bool(share)), fontsize=7.5)
-        if column == 0:
-            ax.set_ylabel(ids[row], fontsize=7)
-    return _settle(figure)
+    return settle(figure)

@@ -180,7 +180,8 @@ def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset
     # planes, permutations and figures: measured at 40 s for 200 images and two seeds on two cores
     epochs = ", ".join(f"{recipe.model} {recipe.epochs} epochs" for recipe in config.models)
     seconds += 40 * (sizes["test"] / 200) ** 2 * (config.permutations / 200)
-    return f"{todo} trainings on {sizes['train']} images ({epochs}), {recorded}: about {format_seconds(seconds)} on this machine."
+    trainings = f"{todo} trainings on {sizes['train']} images ({epochs})"
+    return f"{trainings}, {recorded}: about {format_seconds(seconds)} on this machine."
 
 
 def _finished(config: UniversalityConfig, recipe: Recipe, seed: int) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+import pictures
 import visualization
 from dataset import SegmentationDataset
 from inference import predict
@@ -21,6 +22,7 @@ from utils import git_commit, markdown_table, write_text
 
 PICTURED = 4  # images in the pictures
 PICTURED_PAIRS = 4  # matched site pairs in the PCA pictures
+SMALLEST_PICTURED_MAP = 4  # cells a side; smaller maps show nothing of the image
 
 
 def write(config, folder: Path, datasets: dict, metrics: pd.DataFrame, planes: dict, tables: dict, device) -> None:
@@ -68,7 +70,7 @@ def plane_figures(config, planes: dict, pairs: pd.DataFrame, names: list[str]) -
             label="debiased linear CKA",
             vmax=1.0,
             caption=f"Debiased linear CKA, mean over space (gap), n = {n} test images, mean of {network_pairs} pairs "
-            "of networks; expected value for unrelated features 0. Dots: best site of each row.",
+            "of networks; expected value for unrelated features 0.",
             synthetic=config.is_synthetic,
         )
     whole = {estimator: mean_plane(planes["cross", "gap", estimator]) for estimator in config.policies["gap"]}
@@ -107,8 +109,9 @@ def ruler_figure(config, summary: pd.DataFrame, names: list[str]):
     return visualization.ruler(
         summary.assign(measure=summary["estimator"]),
         title=f"How similar are {names[0]} and {names[1]}, between untrained and another seed?",
-        caption=f"Mean over site pairs at matched relative depth, n = {int(summary.n_images.iloc[0])} test images. "
-        f"Bars on dots: range over {int(summary.network_pairs.iloc[0])} pairs of networks. Null: 95 % point over "
+        spread="range over seeds",
+        caption=f"Mean over site pairs at matched relative depth, n = {int(summary.n_images.iloc[0])} test images, "
+        f"{int(summary.network_pairs.iloc[0])} pairs of networks. Null: 95 % point over "
         f"{config.permutations} permutations of the images of one side (first pair of networks).",
         synthetic=config.is_synthetic,
     )
@@ -157,7 +160,7 @@ def picture_figures(config, folder: Path, test: SegmentationDataset, depth: pd.D
     images, masks = (torch.stack([getattr(sample, key) for sample in chosen]) for key in ("image", "mask"))
     ids = [sample.id for sample in chosen]
     metrics = pd.read_csv(folder / "test_metrics.csv").query("seed == @seed").set_index(["model", "id"])["iou"]
-    predictions = visualization.example_predictions(
+    predictions = pictures.example_predictions(
         images.numpy(),
         masks.numpy(),
         {name: (predict(model, images) > 0).numpy() for name, model in models.items()},
@@ -176,12 +179,20 @@ def pca_figure(config, models: dict, images: torch.Tensor, ids: list[str], depth
     first, second = (maps[name]["map"] for name in models)
     rows = []
     for part in ("encoder", "decoder"):
-        pairs = calibration.matched_depth_pairs(first.select(part=part), second.select(part=part))
+        pairs = [
+            (a, b)
+            for a, b in calibration.matched_depth_pairs(first.select(part=part), second.select(part=part))
+            if min(*first[a].shape[-2:], *second[b].shape[-2:]) >= SMALLEST_PICTURED_MAP
+        ]
         places = np.linspace(0, len(pairs) - 1, PICTURED_PAIRS // 2 + 1).round().astype(int)[1:]
         rows += [pairs[i] for i in dict.fromkeys(places)]
     names = list(models)
-    return visualization.pca_rgb_grid(
-        [(f"{names[0]}\n{a}", first[a].numpy(), f"{names[1]}\n{b}", second[b].numpy()) for a, b in rows],
+    labels = [visualization.short_labels(side, width=18) for side in zip(*rows)]
+    return pictures.pca_rgb_grid(
+        [
+            (f"{names[0]} {label_a}", first[a].numpy(), f"{names[1]} {label_b}", second[b].numpy())
+            for (a, b), label_a, label_b in zip(rows, *labels)
+        ],
         images.numpy(),
         ids,
         caption=f"Test images; models of seed {config.seeds[0]}; pairs at matched relative depth.",

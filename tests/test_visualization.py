@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import ortho_group
 
+import pictures
 import visualization as viz
 
 RNG = np.random.default_rng(0)
@@ -56,7 +57,9 @@ def masks() -> np.ndarray:
 def examples(**options) -> Figure:
     truth = masks()
     predictions = {"one": truth > 0, "two": np.zeros_like(truth, dtype=bool)}
-    return viz.example_predictions(IMAGES, truth, predictions, IDS, {"one": [1, 1, 1], "two": [0, 0, 1]}, **options)
+    return pictures.example_predictions(
+        IMAGES, truth, predictions, IDS, {"one": [1, 1, 1], "two": [0, 0, 1]}, **options
+    )
 
 
 def maps(channels: int = 8, side: int = 6, seed: int = 0) -> np.ndarray:
@@ -72,8 +75,8 @@ FIGURES = {
     "measure_grid": lambda **o: viz.measure_grid({str(i): plane(low=-0.1 * i) for i in range(4)}, **o),
     "ruler": lambda **o: viz.ruler(ruler_table(), **o),
     "depth_profile": lambda **o: viz.depth_profile(depth_table(), **o),
-    "pca_rgb": lambda **o: viz.pca_rgb(maps(), maps(5, 9), IMAGES, IDS, ("A", "B"), **o),
-    "pca_rgb_grid": lambda **o: viz.pca_rgb_grid([("A", maps(), "B", maps(2, 4))] * 2, IMAGES, IDS, **o),
+    "pca_rgb": lambda **o: pictures.pca_rgb(maps(), maps(5, 9), IMAGES, IDS, ("A", "B"), **o),
+    "pca_rgb_grid": lambda **o: pictures.pca_rgb_grid([("A", maps(), "B", maps(2, 4))] * 2, IMAGES, IDS, **o),
 }
 every_figure = pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES.keys())
 
@@ -293,7 +296,7 @@ def test_pca_scores_agree_with_scikit_learn():
     from sklearn.decomposition import PCA
 
     data = maps(6, 5)
-    scores, share = viz.pca_scores(data)
+    scores, share = pictures.pca_scores(data)
     reference = PCA(3).fit(data.transpose(0, 2, 3, 1).reshape(-1, 6))
     expected = reference.transform(data.transpose(0, 2, 3, 1).reshape(-1, 6)).reshape(K, 5, 5, 3).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(np.abs(scores), np.abs(expected), atol=1e-9)
@@ -303,7 +306,7 @@ def test_pca_scores_agree_with_scikit_learn():
 def test_rotated_copy_gives_the_same_colours():
     data = maps(3, 6)
     turned = np.einsum("kchw,cd->kdhw", data, ortho_group.rvs(3, random_state=1)) * 7 + 5
-    figure = viz.pca_rgb(data, turned, IMAGES, IDS, ("A", "B"))
+    figure = pictures.pca_rgb(data, turned, IMAGES, IDS, ("A", "B"))
     assert len(figure.axes) == K * 3
     for row in range(K):
         np.testing.assert_allclose(
@@ -315,18 +318,18 @@ def test_copy_in_more_channels_and_finer_grid_gives_the_same_colours():
     coarse = maps(3, 8)
     wide = np.einsum("kchw,cd->kdhw", coarse, ortho_group.rvs(12, random_state=1)[:3])
     fine = wide.repeat(2, axis=2).repeat(2, axis=3)
-    a, _ = viz.pca_scores(coarse)
-    turned = viz.rotate_onto(viz.pca_scores(fine)[0], a)
+    a, _ = pictures.pca_scores(coarse)
+    turned = pictures.rotate_onto(pictures.pca_scores(fine)[0], a)
     assert turned.shape == (K, 3, 16, 16)
-    colours_a, colours_b = viz.scores_to_rgb(a), viz.scores_to_rgb(turned)
+    colours_a, colours_b = pictures.scores_to_rgb(a), pictures.scores_to_rgb(turned)
     assert np.abs(colours_a - colours_b[:, ::2, ::2]).mean() < 0.02
-    unrelated = viz.scores_to_rgb(viz.rotate_onto(viz.pca_scores(maps(12, 16, seed=9))[0], a))
+    unrelated = pictures.scores_to_rgb(pictures.rotate_onto(pictures.pca_scores(maps(12, 16, seed=9))[0], a))
     assert np.abs(colours_a - unrelated[:, ::2, ::2]).mean() > 0.2
 
 
 def test_rotation_keeps_lengths():
-    a, b = viz.pca_scores(maps(5))[0], viz.pca_scores(maps(7, seed=3))[0]
-    turned = viz.rotate_onto(b, a)
+    a, b = pictures.pca_scores(maps(5))[0], pictures.pca_scores(maps(7, seed=3))[0]
+    turned = pictures.rotate_onto(b, a)
     np.testing.assert_allclose((turned**2).sum(1), (b**2).sum(1), rtol=1e-9)
     assert ((turned - a) ** 2).sum() <= ((b - a) ** 2).sum()
 
@@ -337,14 +340,14 @@ def test_missing_components_are_grey_and_said(channels, dtype):
     one = maps(1) + 100.0
     flat = np.full((K, channels, 6, 6), 0.1, dtype=dtype)
     copies = (one * np.arange(1, channels + 1)[None, :, None, None] / 3).astype(dtype)  # rank 1 up to rounding
-    assert (viz.scores_to_rgb(viz.pca_scores(flat)[0]) == 0.5).all()
-    scores, share = viz.pca_scores(copies)
+    assert (pictures.scores_to_rgb(pictures.pca_scores(flat)[0]) == 0.5).all()
+    scores, share = pictures.pca_scores(copies)
     assert share[0] == pytest.approx(1) and not share[1:].any()
-    colours = viz.scores_to_rgb(scores)
+    colours = pictures.scores_to_rgb(scores)
     assert np.ptp(colours[..., 0]) == 1 and (colours[..., 1:] == 0.5).all()
-    figure = viz.pca_rgb(copies, flat, IMAGES, IDS, ("A", "B"))
+    figure = pictures.pca_rgb(copies, flat, IMAGES, IDS, ("A", "B"))
     assert "lacks is mid-grey" in caption_of(figure) and (picture_of(figure.axes[2]) == 0.5).all()
-    assert "mid-grey" not in caption_of(viz.pca_rgb(maps(), maps(4), IMAGES, IDS, ("A", "B")))
+    assert "mid-grey" not in caption_of(pictures.pca_rgb(maps(), maps(4), IMAGES, IDS, ("A", "B")))
 
 
 def test_pca_caption_states_percentiles_and_rotation():
@@ -358,17 +361,17 @@ def test_pca_grid_has_two_columns_a_pair():
 
 def test_bad_arrays_are_refused_in_sentences():
     with pytest.raises(ValueError, match="undo the normalisation"):
-        viz.pca_rgb(maps(), maps(), IMAGES * 4 - 2, IDS, ("A", "B"))
+        pictures.pca_rgb(maps(), maps(), IMAGES * 4 - 2, IDS, ("A", "B"))
     with pytest.raises(ValueError, match=r"\(k, 3, H, W\) is needed"):
-        viz.pca_rgb(maps(), maps(), IMAGES[:, 0], IDS, ("A", "B"))
+        pictures.pca_rgb(maps(), maps(), IMAGES[:, 0], IDS, ("A", "B"))
     with pytest.raises(ValueError, match="3 images, but 2 maps of A"):
-        viz.pca_rgb(maps()[:2], maps(), IMAGES, IDS, ("A", "B"))
+        pictures.pca_rgb(maps()[:2], maps(), IMAGES, IDS, ("A", "B"))
     with pytest.raises(ValueError, match="finite"):
-        viz.pca_scores(maps() * np.nan)
+        pictures.pca_scores(maps() * np.nan)
     with pytest.raises(ValueError, match="one have shape"):
-        viz.example_predictions(IMAGES, masks(), {"one": masks()[:, 0] > 0}, IDS, {"one": [1, 1, 1]})
+        pictures.example_predictions(IMAGES, masks(), {"one": masks()[:, 0] > 0}, IDS, {"one": [1, 1, 1]})
     with pytest.raises(ValueError, match="3 scores"):
-        viz.example_predictions(IMAGES, masks(), {"one": masks() > 0}, IDS, {"one": [1]})
+        pictures.example_predictions(IMAGES, masks(), {"one": masks() > 0}, IDS, {"one": [1]})
 
 
 def test_a_returned_figure_is_rendered_by_a_notebook_with_the_inline_backend():

@@ -70,7 +70,8 @@ def default_sites(model: nn.Module) -> list[Site]:
     side = 64  # any size that every stride divides: only the order of firing is read off
     parameter = next(model.parameters())
     blank = torch.zeros(1, 3, side, side, device=parameter.device, dtype=parameter.dtype)
-    return [replace(site, shape=()) for site in list_sites(model, blank, declared)]
+    # encoders that start at stride 4 leave blocks at stride 2 without a channel: nothing to compare there
+    return [replace(site, shape=()) for site in list_sites(model, blank, declared) if 0 not in site.shape]
 
 
 def sites(model: nn.Module, image_size: int = 128) -> list[Site]:

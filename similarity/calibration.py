@@ -6,6 +6,7 @@ architecture from another seed) and its floor (the untrained twins). See SCIENCE
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 
@@ -13,9 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from similarity import measures
-from similarity.measures import MEASURES, FewImages, NotComputable
-from similarity.plane import Plane, match_rows
+from similarity.measures import FewImages, NotComputable, lookup
+from similarity.plane import Plane, choose_route, match_rows, prepare_all
 from similarity.recording import Recording
 
 
@@ -25,10 +25,10 @@ def matched_depth_pairs(A: Recording, B: Recording) -> list[tuple[str, str]]:
     A rule fixed before looking: no pair is chosen for being similar. Ties go to the earlier site.
     """
 
-    def depths(count: int) -> np.ndarray:
-        return np.linspace(0, 1, count) if count > 1 else np.zeros(1)
-
-    nearest = np.abs(depths(len(A.names))[:, None] - depths(len(B.names))[None, :]).argmin(1)
+    last_a, last_b = (max(len(recording.names) - 1, 1) for recording in (A, B))
+    # i / last_a against j / last_b, in whole numbers: rounding would break ties either way
+    rows, columns = np.arange(len(A.names)) * last_b, np.arange(len(B.names)) * last_a
+    nearest = np.abs(rows[:, None] - columns[None, :]).argmin(1)
     return [(name, B.names[j]) for name, j in zip(A.names, nearest)]
 
 
@@ -114,10 +114,10 @@ def permutation_null(
     (1 + #{null ≥ observed}) / (1 + permutations). Policies with several rows an image permute whole images.
     Pairs with a site on which the measure cannot be computed are left out of the mean and NaN in the table.
     """
-    known = MEASURES[measure]
     B = match_rows(A, B)
-    left = _prepared(known, A, {a for a, _ in pairs}, options)
-    right = _prepared(known, B, {b for _, b in pairs}, options)
+    route = choose_route(lookup(measure, options), A, B, options)
+    left, _ = prepare_all(route, _only(A, {a for a, _ in pairs}))
+    right, _ = prepare_all(route, _only(B, {b for _, b in pairs}))
     usable = [(a, b) for a, b in pairs if a in left and b in right]
     if not usable:
         raise NotComputable(f"no pair of sites allows {measure}")
@@ -126,35 +126,24 @@ def permutation_null(
 
     def scores(order: np.ndarray) -> np.ndarray:
         rows = torch.as_tensor((order[:, None] * rows_an_image + np.arange(rows_an_image)).ravel())
-        permuted = {name: _permute(side, rows, known.gram) for name, side in right.items()}
-        each = np.array([known.combine(left[a], permuted[b]) for a, b in usable])
+        permuted = {name: route.permute(side, rows) for name, side in right.items()}
+        each = np.array([route.combine(left[a], permuted[b]) for a, b in usable])
         return np.append(each, each.mean())
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FewImages)  # said once, when the observed plane was made
         observed = scores(np.arange(len(A)))
         null = np.stack([scores(generator.permutation(len(A))) for _ in range(permutations)])
-    table = pd.DataFrame([*usable, ("mean", "mean")], columns=["site_a", "site_b"])
-    table["observed"] = observed
-    table["null_mean"] = null.mean(0)
-    table["null_high"] = np.quantile(null, 0.95, axis=0)
-    # equality up to rounding counts as reaching the observed value
-    table["p_value"] = (1 + (null >= observed - 1e-12).sum(0)) / (1 + permutations)
-    return table
+    keys = pd.MultiIndex.from_tuples([*usable, ("mean", "mean")], names=["site_a", "site_b"])
+    columns = {
+        "observed": observed,
+        "null_mean": null.mean(0),
+        "null_high": np.quantile(null, 0.95, axis=0),
+        # equality up to rounding counts as reaching the observed value
+        "p_value": (1 + (null >= observed - 1e-12).sum(0)) / (1 + permutations),
+    }
+    return pd.DataFrame(columns, index=keys).reindex([*pairs, ("mean", "mean")]).reset_index()
 
 
-def _prepared(known: measures.Measure, recording: Recording, names: set[str], options: dict) -> dict:
-    ready = {}
-    for name in names:
-        try:
-            ready[name] = known.prepare(measures.as_matrix(recording.matrix(name), name), side=name, **options)
-        except NotComputable:
-            continue  # the plane notes why; here the pair is left out, as the docstring says
-    return ready
-
-
-def _permute(side, rows: torch.Tensor, gram: bool):
-    if gram:
-        return side[rows][:, rows]
-    basis, *rest = side
-    return (basis[rows], *rest)
+def _only(recording: Recording, names: set[str]) -> Recording:
+    return dataclasses.replace(recording, sites=[site for site in recording.sites if site.name in names])

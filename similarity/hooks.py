@@ -51,11 +51,18 @@ class Listener:
             wanted = parse(site.name).call
             if wanted in (call,) or wanted < 0:
                 recent = self.kept.pop(site.name, []) if wanted < 0 else []
-                recent.append(self.keep(site, _element(output, site)))
+                recent.append(self._kept(site, output))
                 # only the last |wanted| calls can still turn out to be the asked one; popping keeps firing order
                 self.kept[site.name] = recent[wanted:] if wanted < 0 else recent
 
-    def take(self, *, missing_ok: bool = False) -> dict[str, object]:
+    def _kept(self, site: Site, output) -> object:
+        try:
+            return self.keep(site, _element(output, site))
+        except ValueError as reason:
+            return reason  # an earlier call may look different: only the call asked for has to fit, see `take`
+
+    def take(self, *, missing_ok: bool = False, misfit_ok: bool = False) -> dict[str, object]:
+        """{site name: kept}; sites that did not fire, or do not fit their axes, raise unless they may be left out."""
         silent = []
         taken = {}
         for name, recent in self.kept.items():
@@ -68,7 +75,10 @@ class Listener:
         if silent and not missing_ok:
             name, calls = silent[0]
             raise ValueError(f"site {name!r} did not fire as asked: its module was called {calls} times in the pass")
-        return taken
+        misfits = {name: kept for name, kept in taken.items() if isinstance(kept, ValueError)}
+        if misfits and not misfit_ok:
+            raise next(iter(misfits.values()))
+        return {name: kept for name, kept in taken.items() if name not in misfits}
 
 
 def _element(output, site: Site) -> Tensor:
@@ -79,6 +89,8 @@ def _element(output, site: Site) -> Tensor:
     if not selectors and isinstance(output, (tuple, list)) and len([o for o in output if o is not None]) == 1:
         output = next(o for o in output if o is not None)  # (hidden_states,) and (hidden_states, None)
     if not isinstance(output, Tensor):
+        if output is None:
+            raise ValueError(f"site {site.name!r} emits nothing (None); listen to a module that returns a tensor")
         keys = list(output) if isinstance(output, Mapping) else range(len(output)) if hasattr(output, "__len__") else []
         choice = ", ".join(f"':{key}'" for key in keys)
         raise ValueError(
@@ -101,21 +113,37 @@ def _step(output, selector: str, name: str):
     raise ValueError(f"site {name!r}: a {type(output).__name__} has no element {selector!r}")
 
 
+def check_batch(site: Site, tensor: Tensor, images: int) -> None:
+    """The axis declared as batch must be as long as the batch."""
+    rows = tensor.shape[site.axes.index("batch")]
+    if rows != images:
+        raise ValueError(
+            f"site {site.name!r} emits {rows} rows along its 'batch' axis for {images} images; its axes {site.axes} "
+            "are declared wrongly"
+        )
+
+
 def list_sites(model: nn.Module, images: torch.Tensor, sites: Iterable[Site] | None = None, forward=None) -> list[Site]:
     """The sites in the order in which they fire, with the shapes (batch axis taken out) seen on `images`.
 
     With `sites=None` for a model that declares none: every module whose layout PyTorch's contract fixes.
     """
     sites = resolve_sites(model, None) if sites is None else list(sites)
-    if sites is None:
+    guessed = sites is None
+    if guessed:
         sites = [
             Site(name, axes)
             for name, module in model.named_modules()
             if name and not list(module.children()) and (axes := contract_axes(module)) is not None
         ]
-    with Listener(model, sites, keep=lambda site, tensor: tuple(tensor.shape)) as listener:
+
+    def shape(site: Site, tensor: Tensor) -> tuple[int, ...]:
+        check_batch(site, tensor, len(images))
+        return tuple(tensor.shape)
+
+    with Listener(model, sites, shape) as listener:
         run_quietly(model, images, forward)
-        fired = listener.take(missing_ok=True)
+        fired = listener.take(missing_ok=True, misfit_ok=guessed)  # a Linear may run on tokens: not in its contract
     by_name = {site.name: site for site in sites}
     return [
         replace(by_name[name], shape=tuple(s for axis, s in zip(by_name[name].axes, shape) if axis != "batch"))
@@ -124,9 +152,13 @@ def list_sites(model: nn.Module, images: torch.Tensor, sites: Iterable[Site] | N
 
 
 def run_quietly(model: nn.Module, images: Tensor, forward=None) -> None:
-    """One forward pass in eval mode, without gradients, on the model's device; every module's mode is restored."""
-    parameter = next(model.parameters(), None)
-    images = images if parameter is None else images.to(parameter.device)
+    """One forward pass in eval mode, without gradients, with images on the model's device and in its precision.
+
+    Every module's mode is restored.
+    """
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is not None:
+        images = images.to(parameter.device, parameter.dtype if images.is_floating_point() else images.dtype)
     with _evaluating(model), torch.no_grad():
         model(images) if forward is None else forward(model, images)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,22 +33,49 @@ class FewImages(UserWarning):
 
 def as_matrix(X, side: str = "X") -> Tensor:
     """(n, p) float64 tensor on its own device; refuses what no measure can use, naming the side."""
-    X = torch.as_tensor(X)
+    X = _as_tensor(X, side)
     if X.ndim != 2:
         raise ValueError(f"{side} must be (n images, p features), got shape {tuple(X.shape)}; pool or flatten it first")
     if len(X) < SMALLEST_N:
         raise NotComputable(f"{side} has {len(X)} rows; at least {SMALLEST_N} images are needed")
+    # half precision is judged by float32's rounding: its own would call features constant that vary by a few percent
+    rounding = min(torch.finfo(X.dtype).eps, torch.finfo(torch.float32).eps) if X.is_floating_point() else 0.0
     X = X.to(torch.float64)
     if not torch.isfinite(X).all():
         raise NotComputable(f"{side} holds NaN or infinite values; look for the layer that overflows")
-    if X.shape[1] == 0 or bool((X[0] == X).all()):
+    if X.shape[1] == 0 or _is_constant(X, 32 * rounding):
         raise NotComputable(f"{side} is constant: every image has the same features, so nothing can be compared")
     return X
 
 
+def _is_constant(X: Tensor, tolerance: float) -> bool:
+    """Whether no feature varies over images by more than rounding: `tolerance` × its size, or a typical feature's.
+
+    Matrix products round a row differently by its place in the batch, so a site that sees no image is not constant
+    to the last bit.
+    """
+    size = torch.maximum(X.abs().amax(0), X[0].abs().median())
+    return bool((X.amax(0) - X.amin(0) <= tolerance * size).all())
+
+
+def _as_tensor(X, side: str) -> Tensor:
+    """Numbers of any layout and library as a tensor without gradient."""
+    if not isinstance(X, Tensor):
+        try:
+            X = np.asarray(X)
+        except ValueError as reason:
+            raise ValueError(f"{side} is not a matrix: its rows differ in length") from reason
+        if X.dtype.kind in "biuf":
+            kept = X.dtype if X.dtype in (np.float16, np.float32) else np.float64
+            X = torch.as_tensor(np.require(X, kept, ["C", "W"]))  # torch takes no negative strides
+    if not isinstance(X, Tensor) or X.is_complex():
+        raise ValueError(f"{side} holds {X.dtype} values; give real numbers")
+    return X.detach()
+
+
 def _combined(measure: Measure, X, Y, **options) -> float:
     """prepare both sides and combine them; the one route from two matrices to a number."""
-    left, right = torch.as_tensor(X), torch.as_tensor(Y)
+    left, right = _as_tensor(X, "X"), _as_tensor(Y, "Y")
     if left.ndim == right.ndim == 2 and len(left) != len(right):
         raise ValueError(
             f"X has {len(left)} rows and Y has {len(right)}; rows must be the same images in the same order"
@@ -124,7 +151,8 @@ def _principal_basis(X: Tensor, *, side: str, variance: float = 0.99, squared: b
     if not 0 < variance <= 1:
         raise ValueError(f"variance must be in (0, 1], got {variance}")
     U, S, _ = torch.linalg.svd(X - X.mean(0), full_matrices=False)
-    S = S[S[0] * max(X.shape) * torch.finfo(S.dtype).eps < S]  # numerical rank
+    # numerical rank; subtracting a large mean leaves rounding of the mean's size
+    S = S[torch.maximum(S[0], X.abs().max()) * max(X.shape) * torch.finfo(S.dtype).eps < S]
     share = (S**2).cumsum(0) / (S**2).sum()
     keep = len(S) if variance == 1 else int((share < variance).sum()) + 1
     return U[:, :keep], squared
@@ -170,6 +198,11 @@ def _rsa_profile(X: Tensor, *, side: str, rdm: str = "correlation", compare: str
     """(n, n) symmetric, zero diagonal, unit norm: the RDM ready to be compared by an inner product."""
     n = len(X)
     values = _rdm(X, rdm, side)
+    if compare != "cosine" and values.max() - values.min() <= 1e-12 * values.abs().max():
+        raise NotComputable(f"{side}: all image pairs are equally dissimilar, so RDMs cannot be compared")
+    if compare in ("spearman", "kendall"):
+        # ranks must not order equal distances by their rounding errors (two features: every correlation is ±1)
+        values = torch.round(values / values.abs().max(), decimals=12)
     if compare == "spearman":
         values = torch.as_tensor(rankdata(values.cpu().numpy()), device=X.device)
     if compare in ("spearman", "pearson"):
@@ -177,8 +210,6 @@ def _rsa_profile(X: Tensor, *, side: str, rdm: str = "correlation", compare: str
     elif compare not in ("cosine", "kendall"):
         raise ValueError(f"unknown compare {compare!r}; choose 'spearman', 'pearson', 'cosine' or 'kendall'")
     norm = values.norm()
-    if norm == 0:
-        raise NotComputable(f"{side}: all image pairs are equally dissimilar, so RDMs cannot be compared")
     profile = X.new_zeros(n, n)
     upper = torch.triu_indices(n, n, 1, device=X.device)
     profile[upper[0], upper[1]] = values / norm / math.sqrt(2)  # each pair stands twice in the symmetric matrix
@@ -244,6 +275,15 @@ MEASURES = {
 }
 
 
+def lookup(name: str, options: dict) -> Measure:
+    """The measure of that name, as its options make it; an unknown name raises."""
+    if name not in MEASURES:
+        raise ValueError(f"unknown measure {name!r}; choose from {', '.join(MEASURES)}")
+    if name == "rsa" and options.get("compare") == "kendall":
+        return replace(MEASURES[name], combine=_kendall_tau_a, gram=False)
+    return MEASURES[name]
+
+
 def linear_cka(X, Y, *, debiased: bool = True) -> float:
     """Linear CKA of X (n, p) and Y (n, q).
 
@@ -275,10 +315,7 @@ def rsa(X, Y, *, rdm: str = "correlation", compare: str = "spearman") -> float:
     rdm : 'correlation' (1 − Pearson between images' features, at least 2 of them) or 'euclidean'
     compare : 'spearman' (ties averaged), 'pearson', 'cosine', or 'kendall' (τ_a) over the n(n − 1)/2 image pairs
     """
-    measure = MEASURES["rsa"]
-    if compare == "kendall":
-        measure = Measure(**(vars(measure) | {"combine": _kendall_tau_a, "gram": False}))
-    return _combined(measure, X, Y, rdm=rdm, compare=compare)
+    return _combined(lookup("rsa", {"compare": compare}), X, Y, rdm=rdm, compare=compare)
 
 
 def chance(name: str, n: int, p: int, q: int, **options) -> float | None:

@@ -8,6 +8,8 @@ and CKA = D(X, Y) / √(D(X, X) D(Y, Y)). Exact, in O(n p q) time and O(p q) mem
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -31,11 +33,22 @@ class FeatureSide:
         X = as_matrix(X, side)
         self.features, self.debiased = X - X.mean(0), debiased
         self.norm = dot(self.features, self.features, debiased)
-        if self.norm <= 1e-24 * (self.features**2).sum() ** 2:  # rounding error of a difference of equal terms
+        if self.norm <= 1e-13 * (self.features**2).sum() ** 2:  # rounding error of a difference of equal terms
             raise NotComputable(f"{side}: all images are equally similar to each other, so centring leaves nothing")
+
+    def permuted(self, rows: Tensor) -> FeatureSide:
+        """The same side with its rows in another order; its own D does not change."""
+        other = copy.copy(self)
+        other.features = self.features[rows]
+        return other
 
     def cka(self, other: FeatureSide) -> float:
         """Linear CKA with another side of the same rows."""
+        if len(self.features) != len(other.features):
+            raise ValueError(
+                f"X has {len(self.features)} rows and Y has {len(other.features)}; rows must be the same images in "
+                "the same order"
+            )
         return float(dot(self.features, other.features, self.debiased) / torch.sqrt(self.norm * other.norm))
 
 

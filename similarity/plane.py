@@ -67,24 +67,58 @@ def plane(measure: str | Callable[..., float], A: Recording, B: Recording | None
     """
     B = A if B is None else B
     B = match_rows(A, B)
-    name, known = _known(measure)
+    name, known = _known(measure, options)
     if known is None:
-        rows, columns = _matrices(A), _matrices(B)
-        values, notes = _every_pair(measure, rows, columns, options)
-    elif name == "linear_cka" and _features_are_cheaper(A, B):
-        values, notes = _shared(_feature_side(options), moments.FeatureSide.cka, A, B)
+        values, notes = _every_pair(measure, _matrices(A), _matrices(B), options)
     else:
-        values, notes = _shared(_prepared_side(known, options), known.combine, A, B, gemm=known.gram)
+        values, notes = _shared(choose_route(known, A, B, options), A, B)
     return Plane(values, A.names, B.names, name, options, A.policy, len(A), notes)
 
 
-def _known(measure: str | Callable) -> tuple[str, Measure | None]:
+@dataclass(frozen=True)
+class Route:
+    """How a plane is computed: what each site prepares once, and what makes a number of two of them.
+
+    prepare(X, side) ; combine(left, right) -> float ; permute(prepared, rows) is prepare of the permuted rows
+    gemm : combine is the inner product of matrices, so that all pairs are one product
+    """
+
+    prepare: Callable
+    combine: Callable
+    permute: Callable
+    gemm: bool
+
+
+def choose_route(known: Measure, A: Recording, B: Recording, options: dict) -> Route:
+    """Feature space for linear CKA when it is cheaper, else the measure's own preparation."""
+    if known.name == "linear_cka" and _features_are_cheaper(A, B):
+        return Route(
+            lambda X, side: moments.FeatureSide(X, side, **options),
+            moments.FeatureSide.cka,
+            moments.FeatureSide.permuted,
+            gemm=False,
+        )
+    return Route(
+        lambda X, side: known.prepare(measures.as_matrix(X, side), side=side, **options),
+        known.combine,
+        _permute,
+        known.gram,
+    )
+
+
+def _permute(side: Tensor | tuple, rows: Tensor) -> Tensor | tuple:
+    if isinstance(side, Tensor):  # images × images
+        return side[rows][:, rows]
+    basis, *rest = side
+    return (basis[rows], *rest)
+
+
+def _known(measure: str | Callable, options: dict) -> tuple[str, Measure | None]:
     if isinstance(measure, str):
-        if measure not in MEASURES:
-            raise ValueError(f"unknown measure {measure!r}; choose from {', '.join(MEASURES)}")
-        return measure, MEASURES[measure]
+        return measure, measures.lookup(measure, options)
     name = getattr(measure, "__name__", repr(measure))
-    return name, MEASURES[name] if getattr(measures, name, None) is measure else None
+    ours = name in MEASURES and getattr(measures, name) is measure
+    return name, measures.lookup(name, options) if ours else None
 
 
 def match_rows(A: Recording, B: Recording) -> Recording:
@@ -98,7 +132,19 @@ def match_rows(A: Recording, B: Recording) -> Recording:
             f"the recordings hold different images: {len(only_a)} only in A, {len(only_b)} only in B (such as "
             f"{example!r}); record both on the same images, or select(ids=…) the common ones"
         )
+    _refuse_unequal_rows(A, B)
     return B if A.ids == B.ids else B.select(ids=A.ids)
+
+
+def _refuse_unequal_rows(A: Recording, B: Recording) -> None:
+    """Rows are images, or images × positions: then every site must have as many positions as the others."""
+    counts = [(len(recording.matrix(site)), site) for recording in (A, B) for site in recording.names]
+    (few, small), (many, large) = min(counts), max(counts)
+    if few != many:
+        raise ValueError(
+            f"policy {A.policy!r} gives site {small!r} {few} rows and site {large!r} {many}; rows are compared one to "
+            "one: record with 'gap' or 'grid:g', or choose sites of one size"
+        )
 
 
 def _matrices(recording: Recording) -> dict[str, Tensor]:
@@ -112,21 +158,13 @@ def _features_are_cheaper(A: Recording, B: Recording) -> bool:
     return rows > 2 * widest
 
 
-def _prepared_side(known: Measure, options: dict) -> Callable:
-    return lambda X, side: known.prepare(measures.as_matrix(X, side), side=side, **options)
-
-
-def _feature_side(options: dict) -> Callable:
-    return lambda X, side: moments.FeatureSide(X, side, **options)
-
-
-def _shared(prepare: Callable, combine: Callable, A: Recording, B: Recording, gemm: bool = False):
+def _shared(route: Route, A: Recording, B: Recording):
     """Prepare each site once, then combine: by one GEMM when combining is an inner product."""
-    left, left_notes = _prepare_all(prepare, A)
-    right, right_notes = (left, left_notes) if B is A else _prepare_all(prepare, B)
+    left, left_notes = prepare_all(route, A)
+    right, right_notes = (left, left_notes) if B is A else prepare_all(route, B)
     values = np.full((len(A.names), len(B.names)), np.nan)
     i, j = ([k for k, name in enumerate(r.names) if name in side] for r, side in ((A, left), (B, right)))
-    if gemm and left and right:
+    if route.gemm and left and right:
         values[np.ix_(i, j)] = _inner_products(list(left.values()), list(right.values()))
     notes = {
         (a, b): left_notes.get(a) or right_notes[b]
@@ -134,21 +172,22 @@ def _shared(prepare: Callable, combine: Callable, A: Recording, B: Recording, ge
         for b in B.names
         if a in left_notes or b in right_notes
     }
-    if not gemm:
+    if not route.gemm:
         for (row, (a, x)), (column, (b, y)) in itertools.product(zip(i, left.items()), zip(j, right.items())):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", FewImages)
-                values[row, column] = combine(x, y)
+                values[row, column] = route.combine(x, y)
             if caught:
                 notes[a, b] = str(caught[0].message)
     return values, notes
 
 
-def _prepare_all(prepare: Callable, recording: Recording) -> tuple[dict, dict[str, str]]:
+def prepare_all(route: Route, recording: Recording) -> tuple[dict, dict[str, str]]:
+    """({site: prepared}, {site: why it allows no number})."""
     ready, notes = {}, {}
     for name in recording.names:
         try:
-            ready[name] = prepare(recording.matrix(name), name)
+            ready[name] = route.prepare(recording.matrix(name), name)
         except NotComputable as reason:
             notes[name] = str(reason)
     return ready, notes

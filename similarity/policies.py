@@ -44,7 +44,7 @@ def reduce(tensor: Tensor, site: Site, policy: str, image_size: tuple[int, int])
     if not usable(site, policy):
         raise ValueError(f"policy {policy!r} needs space, and site {site.name!r} has axes {site.axes}; use 'gap'")
     tensor = tensor.detach()
-    tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    tensor = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
     if kind in ("gap", "tokens"):
         rows = _positions(tensor, site)
         return rows.mean(1) if kind == "gap" else rows

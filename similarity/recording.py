@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from similarity.hooks import Listener, list_sites, run_quietly
+from similarity.hooks import Listener, check_batch, list_sites, run_quietly
 from similarity.policies import parse_policy, reduce, usable
 from similarity.sites import Site, resolve_sites
 
@@ -41,6 +41,14 @@ class Recording:
     policy: str
     model_hash: str
     data_hash: str
+
+    def __post_init__(self):
+        repeated = len(self.ids) - len(set(self.ids))
+        if repeated:
+            raise ValueError(f"{repeated} image ids come twice in a recording; every image has one row")
+        for name, tensor in self.features.items():
+            if len(tensor) != len(self.ids):
+                raise ValueError(f"site {name!r} has {len(tensor)} rows for {len(self.ids)} image ids")
 
     def __getitem__(self, name: str) -> Tensor:
         return self.features[name]
@@ -201,11 +209,7 @@ class _Book:
         size = tuple(images.shape[-2:])
 
         def keep(site: Site, tensor: Tensor) -> dict[str, Tensor]:
-            if tensor.shape[site.axes.index("batch")] != len(images):
-                raise ValueError(
-                    f"site {site.name!r} emits {tensor.shape[site.axes.index('batch')]} rows along its 'batch' axis "
-                    f"for {len(images)} images; its axes {site.axes} are declared wrongly"
-                )
+            check_batch(site, tensor, len(images))
             return {p: reduce(tensor, site, p, size).clone() for p in self.policies if usable(site, p)}
 
         with Listener(self.model, self.sites, keep) as listener:
@@ -233,6 +237,10 @@ def _images_and_ids(batch) -> tuple[Tensor, list[str]]:
         images, ids = batch
     else:
         raise ValueError("each batch must have .image and .id, or keys 'image' and 'id', or be (images, ids)")
+    if isinstance(ids, str) or not isinstance(images, Tensor):
+        raise ValueError(
+            f"a batch must hold a tensor of images and one id each, got {type(images).__name__} and {ids!r}"
+        )
     ids = [str(image.item() if isinstance(image, Tensor) else image) for image in ids]
     if len(ids) != len(images):
         raise ValueError(f"a batch has {len(images)} images but {len(ids)} ids")
@@ -253,7 +261,8 @@ class _ImageHasher:
 
     def update(self, images: Tensor, ids: list[str]) -> None:
         for image, name in zip(images.cpu().contiguous(), ids):
-            self.parts.append(name + hashlib.sha256(image.numpy().tobytes()).hexdigest())
+            pixels = image.flatten().view(torch.uint8).numpy().tobytes()  # as bytes: numpy has no bfloat16
+            self.parts.append(name + hashlib.sha256(pixels).hexdigest())
 
     def digest(self) -> str:
         return hashlib.sha256("".join(sorted(self.parts)).encode()).hexdigest()[:16]

@@ -69,6 +69,9 @@ class Site:
     shape: tuple[int, ...] = ()
 
     def __post_init__(self):
+        for key in ("axes", "strides", "shape"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, tuple(value.split() if isinstance(value, str) else value))
         unknown = [axis for axis in self.axes if axis not in AXES]
         if unknown or len(set(self.axes)) != len(self.axes) or not {"batch", "channel"} <= set(self.axes):
             raise ValueError(
@@ -112,8 +115,10 @@ def resolve_sites(model: nn.Module, sites: Sequence | Mapping | None) -> list[Si
     if isinstance(sites, str):
         raise ValueError(f"sites is the text {sites!r}; give a list of names, such as [{sites!r}]")
     if isinstance(sites, Mapping):
-        sites = [Site(name, tuple(axes.split() if isinstance(axes, str) else axes)) for name, axes in sites.items()]
+        sites = [Site(name, axes) for name, axes in sites.items()]
     resolved = [site if isinstance(site, Site) else _declared(model, site) for site in sites]
+    if not resolved:
+        raise ValueError("sites is empty; name at least one, or leave it out for the model's own")
     for site in resolved:
         find_module(model, site.name)
     repeated = {site.name for site in resolved if [other.name for other in resolved].count(site.name) > 1}
@@ -124,7 +129,7 @@ def resolve_sites(model: nn.Module, sites: Sequence | Mapping | None) -> list[Si
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
     """The module a site listens to; an unknown path raises with the closest names."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # a shared module answers to each of its names
     path = parse(name).path
     if path not in modules:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.3) or list(modules)[1:4]

@@ -11,10 +11,8 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from studies import universality
-from utils import HOME, InputError, closest, format_seconds, sentences_instead_of_tracebacks
+from utils import HOME, InputError, closest, format_seconds, read_settings, sentences_instead_of_tracebacks
 
 STUDIES = {"universality": (universality.UniversalityConfig, universality.run)}
 DEFAULT_CONFIG = {"universality": HOME / "configs" / "demo.yaml"}
@@ -22,16 +20,9 @@ DEFAULT_CONFIG = {"universality": HOME / "configs" / "demo.yaml"}
 
 def load_config(study: str, arguments: Sequence[str] = ()):
     """The settings of a study: its YAML (`--config`, default the demo's), overridden by the other arguments."""
-    settings, _ = STUDIES[study]
-    parser = ArgumentParser(prog=f"python experiments.py {study}", description=settings.__doc__ and study)
-    parser.add_argument("--config", action="config", help="YAML of settings; default: the demo preset")
-    parser.add_class_arguments(settings)
     if not any(argument == "--config" or argument.startswith("--config=") for argument in arguments):
         arguments = ["--config", str(DEFAULT_CONFIG[study]), *arguments]
-    parsed = parser.instantiate(parser.parse_args(list(arguments)))
-    values = parsed.as_dict()
-    values.pop("config")
-    return settings(**values)
+    return read_settings(STUDIES[study][0], f"python experiments.py {study}", arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ images that have no masks. Metrics are per image, at the model's input size.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from dataset import IMAGE_SUFFIXES, Sample, find_splits, make_loader
 from dataset import SegmentationDataset as Images
 from images import Transform, read_pixels
 from loss_metrics import image_metrics, summarize
-from models import lesion_logits, load_model
+from models import TITLES, lesion_logits, load_model
 from utils import (
     InputError,
     progress,
@@ -33,7 +34,7 @@ from utils import (
     write_table,
 )
 
-EXAMPLES = 6
+EXAMPLES = 4
 
 
 @torch.no_grad()
@@ -112,6 +113,8 @@ def infer(
     if (data is None) == (images is None):
         raise InputError("give either --data (a folder with masks, to score) or --images (a file or folder to segment)")
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output folder {out} is a file; choose another with --out")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"output folder {out} is not empty; choose another with --out")
     device_found = resolve_device(device)
@@ -120,6 +123,7 @@ def infer(
     transform = Transform(**{**extra.get("transform", {}), "flips": False})
     if images is not None:
         files = image_files(Path(images))
+        refuse_unusable(files, transform)
         out.mkdir(parents=True, exist_ok=True)
         write_table(segment_files(model, transform, files, out), out / "lesion_share.csv")
         print(f"{len(files)} masks in {out}")
@@ -136,7 +140,7 @@ def infer(
     summary = summarize(metrics)
     write_table(metrics, out / "per_image.csv")
     write_table(summary, out / "summary.csv")
-    figure = picture(dataset, logits, metrics, model.spec.name, synthetic=extra.get("data") == "synthetic")
+    figure = picture(dataset, logits, metrics, TITLES[model.spec.name], synthetic=extra.get("data") == "synthetic")
     visualization.save(figure, out / "examples.png")
     print(summary.round(4).to_string(index=False))
     print(f"{len(metrics)} images of {split} at {transform.size} px; masks, per-image metrics and pictures in {out}")
@@ -152,6 +156,21 @@ def image_files(path: Path) -> list[Path]:
     if not files:
         raise InputError(f"--images {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return files
+
+
+def refuse_unusable(files: Sequence[Path], transform: Transform) -> None:
+    """One InputError, before any mask is written, that names every unreadable file and two files of one name."""
+    faults = []
+    for name, count in Counter(file.stem for file in files).items():
+        if count > 1:
+            faults.append(f"{count} images are called {name}: their masks would overwrite each other; rename them")
+    for file in progress(files, desc="checking", unit="image"):
+        try:
+            read_pixels(file, transform)
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("; ".join(faults[:10]) + (f"; … and {len(faults) - 10} more" if len(faults) > 10 else ""))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -23,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import model_sites
 from utils import InputError, atomic_path, closest, pick, seed_everything, write_text
-from weights import HUB_ERRORS, from_hub, load_pretrained_file, load_state, offline_message
+from weights import HUB_ERRORS, UNUSED_NORM, from_hub, load_pretrained_file, load_state, offline_message
 
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -64,6 +66,7 @@ _KNOWN_HUB_CONFIGS = {
         "swin": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12}
     },
 }
+TITLES = {"unetpp": "UNet++", "mask2former": "Mask2Former"}
 LABELS = {0: "background", 1: "lesion"}
 
 
@@ -97,7 +100,14 @@ def build_model(spec: ModelSpec, seed: int = 0) -> nn.Module:
     pick("normalization", spec.normalization, NORMALIZATIONS)
     _check_answer(spec)
     seed_everything(seed)
-    return _dress(builder(spec), spec)
+    try:
+        return _dress(builder(spec), spec)
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:  # what the libraries say of options that do not fit
+        raise InputError(
+            f"{spec.name} preset {spec.preset!r} with options {spec.options} cannot be built: {error}"
+        ) from error
 
 
 def _dress(model: nn.Module, spec: ModelSpec) -> nn.Module:
@@ -118,9 +128,28 @@ def normalize_input(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         raise InputError(
             f"images must be float (batch, 3, height, width) in [0, 1], got {tuple(images.shape)} {images.dtype}"
         )
+    _check_sides(model, images)
     mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in model.input_normalization)
     images = (images - mean) / std
     return ((images, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": images})
+
+
+def _check_sides(model: nn.Module, images: Tensor) -> None:
+    height, width = images.shape[-2:]
+    if isinstance(model, Mask2FormerForUniversalSegmentation):
+        # its pixel decoder normalises in 32 groups of channels: a group of one value has no variance
+        if model.config.feature_size == 32 and len(images) == 1 and max(height, width) <= 32:
+            raise InputError(
+                f"one image of {height}×{width} pixels is too small for preset {model.spec.preset!r}; "
+                "use --image_size 64 or more"
+            )
+        return
+    stride = getattr(model.encoder, "output_stride", 1)
+    if height % stride or width % stride:
+        raise InputError(
+            f"{model.spec.name} needs images whose sides are multiples of {stride} pixels, got {height}×{width}; "
+            f"use --image_size {max(stride, height // stride * stride)}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- building
@@ -141,7 +170,14 @@ def _build_unetpp(spec: ModelSpec) -> nn.Module:
             f"encoder {encoder!r} has no ImageNet weights: {error}; use weights 'none' or a file"
         ) from error
     except HUB_ERRORS as error:
-        raise InputError(offline_message(f"smp-hub/{encoder}.imagenet", error)) from error
+        raise InputError(offline_message(_encoder_repository(encoder), error)) from error
+
+
+def _encoder_repository(encoder: str) -> str:
+    if not encoder.startswith("tu-"):
+        return f"smp-hub/{encoder}.imagenet"
+    known = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
+    return encoder.removeprefix("tu-") if known is None else known.hf_hub_id
 
 
 def _unetpp_options(spec: ModelSpec) -> dict:
@@ -177,18 +213,27 @@ def _build_mask2former(spec: ModelSpec) -> nn.Module:
             "a hub name has the form 'owner/name', a local one is a folder"
         )
     if source is not None and spec.weights == "imagenet":
+        _refuse_options(spec)
         return _mask2former_from_hub(source)
     if spec.weights == "imagenet":
         raise InputError(
             f"mask2former preset {spec.preset!r} has no pretrained weights; use 'none', a file, or a hub name"
         )
-    config = _mask2former_config(options)
     if Path(spec.weights).is_dir():
+        _refuse_options(spec)
         return _mask2former_from_hub(spec.weights)
+    config = _mask2former_config(options)
     model = Mask2FormerForUniversalSegmentation(config)
     if spec.weights != "none":
         load_pretrained_file(model, model_sites.encoder_of(model), Path(spec.weights))
     return model
+
+
+def _refuse_options(spec: ModelSpec) -> None:
+    if spec.options:
+        raise InputError(
+            f"options {spec.options} cannot change a pretrained model; leave them out, or use weights none"
+        )
 
 
 def _mask2former_config(options: dict) -> Mask2FormerConfig:
@@ -196,6 +241,8 @@ def _mask2former_config(options: dict) -> Mask2FormerConfig:
     if "hub" in options:
         hub = options.pop("hub")
         if hub not in _KNOWN_HUB_CONFIGS:
+            if options:
+                raise InputError(f"options {options} cannot change the model {hub!r}; leave them out")
             config = from_hub(Mask2FormerConfig.from_pretrained, hub)
             config.num_labels = len(LABELS)
             return config
@@ -222,13 +269,23 @@ def _mask2former_from_hub(source: str) -> nn.Module:
         id2label=LABELS,
         label2id={name: index for index, name in LABELS.items()},
         ignore_mismatched_sizes=True,  # the class head is new: ours has two labels
+        output_loading_info=True,
     )
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its load report names the new head on every start
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
-        return from_hub(load, source)
+        model, report = from_hub(load, source)
     finally:
         transformers_logging.set_verbosity(verbosity)
+    unmatched = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    new = ("class_predictor.", "criterion.")
+    lost = sorted(key for key in unmatched if not key.startswith(new) and not key.endswith(UNUSED_NORM))
+    if lost or model.config.backbone_config.model_type != "swin":
+        gap = f"{len(lost)} tensors, first {lost[0]!r}, are not in it" if lost else "its backbone is another"
+        raise InputError(f"{source!r} is no Mask2Former with a Swin encoder: {gap}")
+    return model
 
 
 def _refuse_unknown_options(options: dict, allowed: set[str]) -> None:
@@ -249,6 +306,10 @@ _BUILDERS = {"unetpp": _build_unetpp, "mask2former": _build_mask2former}
 # --------------------------------------------------------------------------------------------------- what they do
 
 
+def _spec_of(model: nn.Module) -> ModelSpec:
+    return getattr(model, "module", model).spec  # several GPUs: the distributed wrapper holds the model
+
+
 def lesion_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Log-odds of lesion for every pixel: images (B, 3, H, W) in [0, 1] -> (B, 1, H, W).
 
@@ -259,7 +320,8 @@ def lesion_logits(model: nn.Module, images: Tensor) -> Tensor:
     output = model(images)
     if isinstance(output, Tensor):
         return output
-    logits = _semantic_log_odds(output) if model.spec.answer == "semantic" else _one_query(output, model.spec.answer)
+    answer = _spec_of(model).answer
+    logits = _semantic_log_odds(output) if answer == "semantic" else _one_query(output, answer)
     return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -283,8 +345,9 @@ def set_loss(model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
 
     A label that has no pixel in an image is left out of that image's targets.
     """
-    if model.spec.name != "mask2former":
-        raise InputError(f"loss 'set' needs a set of queries; {model.spec.name} has none: use scaled_dice or dice_bce")
+    name = _spec_of(model).name
+    if name != "mask2former":
+        raise InputError(f"loss 'set' needs a set of queries; {name} has none: use scaled_dice or dice_bce")
     both = torch.cat([1 - masks, masks], dim=1)
     present = both.flatten(2).any(-1)
     output = model(
@@ -342,8 +405,11 @@ def load_model(folder: Path) -> tuple[nn.Module, dict]:
         raise InputError(
             f"checkpoint folder {folder} has no model.json; give a folder that train.py wrote, such as …/best"
         )
-    stored = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    spec = ModelSpec(**{key: tuple(value) if key == "freeze" else value for key, value in stored["spec"].items()})
+    try:
+        stored = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        spec = ModelSpec(**{key: tuple(value) if key == "freeze" else value for key, value in stored["spec"].items()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{folder / 'model.json'} is damaged or of another program: {error}") from error
     if "config" in stored:
         model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig.from_dict(stored["config"]))
     else:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
 HOME = Path(__file__).resolve().parent
@@ -56,6 +57,27 @@ def sentences_instead_of_tracebacks() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def read_settings(kind: type, prog: str, arguments: Sequence[str]):
+    """Settings of a dataclass from a YAML (`--config FILE`), overridden by the other arguments wherever they stand."""
+    parser = ArgumentParser(prog=prog, description=f"{prog}: every setting, also as YAML with --config")
+    parser.add_argument("--config", action="config", help="YAML of settings")
+    parser.add_class_arguments(kind)
+    values = parser.instantiate(parser.parse_args(_config_first(arguments))).as_dict()
+    values.pop("config")
+    return kind(**values)
+
+
+def _config_first(arguments: Sequence[str]) -> list[str]:
+    """The same arguments with `--config FILE` in front: the parser lets whatever comes last win."""
+    arguments, configs = list(arguments), []
+    for form, words in (("--config", 2), ("--config=", 1)):
+        for place in reversed(range(len(arguments))):
+            if arguments[place] == form or (words == 1 and arguments[place].startswith(form)):
+                configs = arguments[place : place + words] + configs
+                del arguments[place : place + words]
+    return configs + arguments
+
+
 def closest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """The `n` names most like `name`, as a phrase for an error message."""
     choices = list(choices)
@@ -78,13 +100,12 @@ def seed_everything(seed: int) -> None:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:1'; asking for absent CUDA is an error."""
+    """'auto' (CUDA when there is one), 'cpu' or 'cuda'; asking for absent CUDA is an error."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}; use 'auto', 'cpu' or 'cuda'") from error
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}; use auto, cpu or cuda (which GPU: set CUDA_VISIBLE_DEVICES)")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"device {name!r} was asked for, but PyTorch finds no CUDA device here; use --device cpu (or auto)"
@@ -181,12 +202,22 @@ def open_run(folder: Path, config: Mapping, device: torch.device) -> Path:
     stored = folder / "config.yaml"
     plain = json.loads(json.dumps(config, default=str))
     if stored.exists():
-        _refuse_other_config(folder, yaml.safe_load(stored.read_text(encoding="utf-8")), plain)
+        _refuse_other_config(folder, _stored_settings(stored), plain)
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty and is no run of ours; choose another with --out")
     write_text(stored, yaml.safe_dump(plain, sort_keys=False))
     write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
     return folder
+
+
+def _stored_settings(path: Path) -> dict:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no readable YAML ({error}); choose another folder with --out") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds no settings; choose another folder with --out")
+    return settings
 
 
 def _refuse_other_config(folder: Path, old: Mapping, new: Mapping) -> None:

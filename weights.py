@@ -19,7 +19,19 @@ import model_sites
 from utils import InputError
 
 # what the safetensors, zip and (restricted) pickle readers raise for a file that is none of theirs
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError)
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+# transformers 5 gave Swin backbones a last norm that no feature map passes through; older checkpoints have none
+UNUSED_NORM = ("encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias")
 HUB_ERRORS = (OSError, LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError)
 
 
@@ -62,6 +74,9 @@ def load_state(model: nn.Module, path: Path) -> None:
     """Load a whole model's state; a checkpoint of another architecture is refused with the first differences."""
     state = model_sites.rename_keys(model, read_state(path))
     own = model.state_dict()
+    state |= {key: own[key] for key in own if key.endswith(UNUSED_NORM) and key not in state}
+    # transformers 4 stored these buffers; a Swin block works them out from its window
+    state = {key: tensor for key, tensor in state.items() if key in own or not key.endswith("relative_position_index")}
     wrong = [
         *(f"{key} is missing" for key in own if key not in state),
         *(f"{key} is not in the model" for key in state if key not in own),

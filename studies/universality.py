@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ from similarity.measures import MEASURES
 from similarity.recording import hash_model
 from sources import ImageSource, open_datasets
 from studies import universality_report as report
-from train import Recipe, TrainConfig, check_recipe, objective, train
-from utils import InputError, closest, digest, format_seconds, open_run, progress, resolve_device, write_table
+from train import Recipe, TrainConfig, check_recipe, is_finished, objective, train
+from utils import InputError, closest, format_seconds, open_run, progress, resolve_device, write_table, write_text
 
 # name in the configuration -> (measure, options); the debiased estimators are the headline
 ESTIMATORS = {
@@ -84,25 +85,34 @@ class Trained:
 
 def run(config: UniversalityConfig) -> Path:
     """The whole study; returns the results folder."""
-    config = settle(config)
+    config, datasets, folder = prepare(config)
     device = resolve_device(config.device)
-    for recipe in config.models:
-        build_model(recipe.spec)  # unknown presets and missing weights are said now, not after the first training
-    datasets = open_datasets(config)
-    fingerprints = {name: data.fingerprint for name, data in datasets.items()}
-    settings = dataclasses.asdict(config) | {"data_hash": digest(fingerprints)}
-    folder = open_run(Path(config.out), settings, device)
     print(f"{estimate(config, datasets)} Results: {folder}", flush=True)
-
-    train_all(config, datasets, folder)
+    for member in members(config, trained=True):
+        train_member(config, member, datasets, folder)
     metrics = score_all(config, datasets["test"], folder, device)
     recordings = record_all(config, datasets["test"], folder, device)
     planes = compare_all(config, recordings, folder)
     tables = calibrate(config, recordings, planes)
-    for name, table in tables.items():
-        write_table(table, folder / f"{name}.csv")
     report.write(config, folder, datasets, metrics, planes, tables, device)
     return folder
+
+
+def prepare(config: UniversalityConfig) -> tuple[UniversalityConfig, dict[str, SegmentationDataset], Path]:
+    """Everything that can be refused, before anything long: settings, models, every image, the results folder."""
+    config = settle(config)
+    device = resolve_device(config.device)
+    for recipe in config.models:
+        build_model(recipe.spec)  # unknown presets and missing weights
+    datasets = open_datasets(config)
+    hashes = {name: {"images": len(data), "hash": data.fingerprint} for name, data in datasets.items()}
+    known = Path(config.out) / "data.json"
+    # the synthetic set may differ in its last bits between versions of OpenCV; each stage below checks its own hash
+    if not config.is_synthetic and known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
+        raise InputError(f"{config.out} holds results of other images than {config.data} has now; choose another --out")
+    folder = open_run(Path(config.out), dataclasses.asdict(config), device)
+    write_text(folder / "data.json", json.dumps(hashes, indent=1) + "\n")
+    return config, datasets, folder
 
 
 def settle(config: UniversalityConfig) -> UniversalityConfig:
@@ -138,11 +148,9 @@ def default_folder(config: UniversalityConfig) -> str:
     return "-".join(["results/universality", *data, *presets])
 
 
-def members(config: UniversalityConfig) -> list[Trained]:
-    """Every network of the study: recipes × seeds, trained and untrained."""
-    return [
-        Trained(recipe, seed, trained) for trained in (True, False) for recipe in config.models for seed in config.seeds
-    ]
+def members(config: UniversalityConfig, *, trained: bool) -> list[Trained]:
+    """The networks of the study: recipes × seeds, trained, or their untrained twins."""
+    return [Trained(recipe, seed, trained) for recipe in config.models for seed in config.seeds]
 
 
 def load_member(member: Trained, folder: Path) -> nn.Module:
@@ -186,7 +194,7 @@ def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset
 
 def _finished(config: UniversalityConfig, recipe: Recipe, seed: int) -> bool:
     history = Path(config.out) / "models" / Trained(recipe, seed, True).name / "history.csv"
-    return history.exists() and len(pd.read_csv(history)) >= recipe.epochs
+    return history.exists() and is_finished(recipe, pd.read_csv(history)["validation_iou"])
 
 
 def _time_a_step(recipe: Recipe, data: SegmentationDataset, device_name: str) -> tuple[float, float]:
@@ -209,29 +217,28 @@ def _time_a_step(recipe: Recipe, data: SegmentationDataset, device_name: str) ->
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def train_all(config: UniversalityConfig, datasets: dict[str, SegmentationDataset], folder: Path) -> None:
-    """Every recipe from every seed."""
+def train_member(
+    config: UniversalityConfig, member: Trained, datasets: dict[str, SegmentationDataset], folder: Path
+) -> Path:
+    """Train one network (or find it trained) and return its run folder."""
     images = {f.name: getattr(config, f.name) for f in dataclasses.fields(ImageSource)}
-    for recipe, seed in itertools.product(config.models, config.seeds):
-        out = folder / "models" / Trained(recipe, seed, True).name
-        datasets["train"].seed = seed
-        started, finished = time.perf_counter(), _finished(config, recipe, seed)
-        job = TrainConfig(
-            **images, **vars(recipe), seed=seed, out=str(out), device=config.device, workers=config.workers
-        )
-        train(job, {name: datasets[name] for name in ("train", "validation")})
-        best = pd.read_csv(out / "history.csv")["validation_iou"].max()
-        took = "already trained" if finished else f"trained in {format_seconds(time.perf_counter() - started)}"
-        print(f"{recipe.model} seed {seed}: {took}, best validation IoU {best:.3f}", flush=True)
+    out = folder / "models" / member.name
+    places = {"out": str(out), "device": config.device, "workers": config.workers}
+    datasets["train"].seed = member.seed
+    started, finished = time.perf_counter(), _finished(config, member.recipe, member.seed)
+    job = TrainConfig(**images, **vars(member.recipe), seed=member.seed, **places)
+    train(job, {name: datasets[name] for name in ("train", "validation")})
+    best = pd.read_csv(out / "history.csv")["validation_iou"].max()
+    took = "already trained" if finished else f"trained in {format_seconds(time.perf_counter() - started)}"
+    print(f"{member.name}: {took}, best validation IoU {best:.3f}", flush=True)
+    return out
 
 
 def score_all(config: UniversalityConfig, test: SegmentationDataset, folder: Path, device) -> pd.DataFrame:
     """Per-image test metrics of every trained model (cached as test_metrics.csv beside its checkpoint)."""
     tables = []
-    for member in members(config):
-        if not member.trained:
-            continue
-        path = folder / "models" / member.name / "test_metrics.csv"
+    for member in members(config, trained=True):
+        path = folder / "models" / member.name / f"test_metrics-{test.fingerprint}.csv"
         if not path.exists():
             model = load_member(member, folder).to(device)
             write_table(score(model, make_loader(test, config.batch_size), f"scoring {member.name}")[0], path)
@@ -250,7 +257,8 @@ def record_all(
 ) -> dict[str, dict[str, Recording]]:
     """{member name: {policy: Recording}} on the test images; recordings of the same weights and images are reused."""
     found, missing = {}, {}
-    for member in members(config):
+    everyone = members(config, trained=True) + members(config, trained=False)
+    for member in everyone:
         model = load_member(member, folder)
         cached = {policy: _cached_recording(folder, member, policy, model, test) for policy in config.policies}
         if all(cached.values()):
@@ -264,7 +272,7 @@ def record_all(
             for policy, recording in recordings.items():
                 recording.save(recording_path(folder, name, policy))
         found |= made
-    return {member.name: found[member.name] for member in members(config)}
+    return {member.name: found[member.name] for member in everyone}
 
 
 def recording_path(folder: Path, member: str, policy: str) -> Path:

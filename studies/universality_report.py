@@ -16,31 +16,41 @@ import pictures
 import visualization
 from dataset import SegmentationDataset
 from inference import predict
-from models import load_model
+from models import TITLES, load_model
 from similarity import Plane, calibration, record_models
-from utils import git_commit, markdown_table, write_text
+from utils import git_commit, markdown_table, write_table, write_text
 
 PICTURED = 4  # images in the pictures
 PICTURED_PAIRS = 4  # matched site pairs in the PCA pictures
 SMALLEST_PICTURED_MAP = 4  # cells a side; smaller maps show nothing of the image
 
 
-def write(config, folder: Path, datasets: dict, metrics: pd.DataFrame, planes: dict, tables: dict, device) -> None:
-    """All figures, summary.md, and the short table on the terminal."""
-    names = [recipe.model for recipe in config.models]
+def write(
+    config, folder: Path, datasets: dict, metrics: pd.DataFrame, planes: dict, tables: dict, device, quiet=False
+) -> None:
+    """Tables, figures, summary.md, and (unless quiet) the short table on the terminal."""
+    for name, table in tables.items():
+        write_table(table, folder / f"{name}.csv")
+    names = titles(config)
     figures = {
         **plane_figures(config, planes, tables["pairs"], names),
         "ruler": ruler_figure(config, tables["summary"], names),
         "depth": depth_figure(config, tables["depth"], names),
         "training_curves": curves_figure(config, folder),
-        **picture_figures(config, folder, datasets["test"], tables["depth"], device),
+        **picture_figures(config, folder, datasets["test"], device),
     }
     for name, figure in figures.items():
         visualization.save(figure, folder / f"{name}.png")
     text = summary_text(config, datasets, metrics, tables, names)
     write_text(folder / "summary.md", text)
-    print("\n" + short_table(tables["summary"]))
-    print(sentence(config, tables["summary"], names))
+    if not quiet:
+        print("\n" + short_table(tables["summary"]))
+        print(sentence(config, tables["summary"], names))
+
+
+def titles(config) -> list[str]:
+    """The two models' names as they are written."""
+    return [TITLES[recipe.model] for recipe in config.models]
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
@@ -135,7 +145,7 @@ def curves_figure(config, folder: Path):
     history = pd.concat(
         [
             pd.read_csv(folder / "models" / f"{recipe.model}-seed{seed}" / "history.csv").assign(
-                model=recipe.model, seed=seed
+                model=TITLES[recipe.model], seed=seed
             )
             for recipe in config.models
             for seed in config.seeds
@@ -149,7 +159,7 @@ def curves_figure(config, folder: Path):
     )
 
 
-def picture_figures(config, folder: Path, test: SegmentationDataset, depth: pd.DataFrame, device: torch.device) -> dict:
+def picture_figures(config, folder: Path, test: SegmentationDataset, device: torch.device) -> dict:
     """Predictions and PCA pictures of matched sites of the first seed's models on the same images."""
     seed = config.seeds[0]
     models = {
@@ -163,17 +173,17 @@ def picture_figures(config, folder: Path, test: SegmentationDataset, depth: pd.D
     predictions = pictures.example_predictions(
         images.numpy(),
         masks.numpy(),
-        {name: (predict(model, images) > 0).numpy() for name, model in models.items()},
+        {TITLES[name]: (predict(model, images) > 0).numpy() for name, model in models.items()},
         ids,
-        {name: [float(metrics[name, i]) for i in ids] for name in models},
+        {TITLES[name]: [float(metrics[name, i]) for i in ids] for name in models},
         title="What do the models outline?",
         caption=f"The first test images in order of id; models of seed {seed}; IoU at {config.image_size} px.",
         synthetic=config.is_synthetic,
     )
-    return {"predictions": predictions, "pca": pca_figure(config, models, images, ids, depth)}
+    return {"predictions": predictions, "pca": pca_figure(config, models, images, ids)}
 
 
-def pca_figure(config, models: dict, images: torch.Tensor, ids: list[str], depth: pd.DataFrame):
+def pca_figure(config, models: dict, images: torch.Tensor, ids: list[str]):
     """Matched sites that have a place in the image, spread over encoder and decoder."""
     maps = record_models(models, [(images, ids)], policies=("map",))
     first, second = (maps[name]["map"] for name in models)
@@ -186,7 +196,7 @@ def pca_figure(config, models: dict, images: torch.Tensor, ids: list[str], depth
         ]
         places = np.linspace(0, len(pairs) - 1, PICTURED_PAIRS // 2 + 1).round().astype(int)[1:]
         rows += [pairs[i] for i in dict.fromkeys(places)]
-    names = list(models)
+    names = [TITLES[name] for name in models]
     labels = [visualization.short_labels(side, width=18) for side in zip(*rows)]
     return pictures.pca_rgb_grid(
         [
@@ -244,11 +254,7 @@ def sentence(config, summary: pd.DataFrame, names: list[str]) -> str:
     lines = []
     for part in ("encoder", "decoder"):
         row = summary[(summary.part == part) & (summary.estimator == "linear_cka") & (summary.policy == "gap")].iloc[0]
-        scale = (
-            f"{row.u:.0%} of the way from untrained ({row.floor:.2f}) to another seed ({row.ceiling:.2f})"
-            if pd.notna(row.u)
-            else f"no scale (untrained {row.floor:.2f}, another seed {row.ceiling:.2f})"
-        )
+        scale = place_on_ruler(row)
         lines.append(
             f"{part.capitalize()}s of {names[0]} and {names[1]}: {row.verdict}, debiased linear CKA "
             f"{row.similarity:.2f} (range over seeds {row.low:.2f} to {row.high:.2f}; "
@@ -257,6 +263,16 @@ def sentence(config, summary: pd.DataFrame, names: list[str]) -> str:
     if len(config.seeds) < 2:
         lines.append("One seed only: there is no ceiling, and none was made up.")
     return "\n".join(lines)
+
+
+def place_on_ruler(row) -> str:
+    """Where a similarity stands between floor and ceiling, in words."""
+    ends = f"untrained twins {row.floor:.2f}, another seed {row.ceiling:.2f}"
+    if pd.isna(row.u):
+        return f"no scale to place it on ({ends})"
+    if row.u < 0:
+        return f"no more than without training ({ends})"
+    return f"{row.u:.0%} of the way from untrained to another seed ({ends})"
 
 
 def summary_text(config, datasets: dict, metrics: pd.DataFrame, tables: dict, names: list[str]) -> str:

@@ -12,7 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 @pytest.fixture(scope="session", autouse=True)
 def _own_image_cache(tmp_path_factory):
     os.environ["ISIC_CACHE"] = str(tmp_path_factory.mktemp("image-cache"))
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(
+        1
+    )  # tiny tensors: threads that wait for each other on a busy machine cost more than they save
 
 
 @pytest.fixture(scope="session")

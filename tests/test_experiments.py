@@ -1,0 +1,305 @@
+"""The experiments door: settings from YAML and command line, and one whole study in its smoke preset."""
+
+import dataclasses
+import os
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import experiments
+from models import load_model
+from sources import ImageSource
+from studies import universality
+from train import Recipe
+from utils import HOME, InputError
+
+CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
+SMOKE = HOME / "configs" / "smoke.yaml"
+POLICIES = '{"gap": ["linear_cka", "rsa"], "grid:4": ["linear_cka"]}'
+
+
+def tiny(root, out, *more: str) -> list[str]:
+    """The smoke preset on a few images: two models × two seeds, one epoch each."""
+    return [
+        *("--config", str(SMOKE), "--data", str(root), "--out", str(out), "--device", "cpu"),
+        *("--policies", POLICIES, "--permutations", "5", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root, tmp_path_factory):
+    """A copy, because one test changes it for a moment."""
+    return shutil.copytree(synthetic_root, tmp_path_factory.mktemp("images") / "set")
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "results"
+    experiments.main(tiny(root, out))
+    return out
+
+
+def stamps(folder) -> dict:
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------ the settings
+
+
+def test_without_arguments_the_main_job_is_the_demo():
+    config = experiments.load_config("universality")
+    assert isinstance(config, universality.UniversalityConfig)
+    assert config.is_synthetic and [recipe.model for recipe in config.models] == ["unetpp", "mask2former"]
+    assert all(isinstance(recipe, Recipe) and recipe.preset == "demo" for recipe in config.models)
+    stored = yaml.safe_load((HOME / "configs" / "demo.yaml").read_text())
+    assert config.policies == stored["policies"] and config.synthetic_images == stored["synthetic_images"]
+
+
+def test_the_command_line_overrides_the_yaml():
+    config = experiments.load_config(
+        "universality", ["--config", str(SMOKE), "--epochs", "3", "--seeds", "[4, 5]", "--weights=none"]
+    )
+    assert (config.epochs, config.seeds, config.weights) == (3, [4, 5], "none")
+    assert config.permutations == yaml.safe_load(SMOKE.read_text())["permutations"]
+    assert [recipe.epochs for recipe in config.models] == [1, 1]
+    assert [recipe.epochs for recipe in universality.settle(config).models] == [3, 3]
+
+
+def test_the_command_line_wins_wherever_the_yaml_is_named():
+    config = experiments.load_config("universality", ["--data", "here", "--config", str(SMOKE)])
+    assert config.data == "here" and config.permutations == 20
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_yaml_parses_and_settles(path):
+    study = "universality" if path.stem in ("demo", "smoke", "isic2018") else path.stem.partition("-")[0]
+    if study not in experiments.STUDIES:
+        study = "universality"
+    config = experiments.load_config(study, ["--config", str(path)])
+    stored = yaml.safe_load(path.read_text())
+    for key in set(stored) - {"models"}:
+        assert getattr(config, key) == stored[key], key
+    if study == "universality":
+        settled = universality.settle(config)
+        for recipe, row in zip(settled.models, stored["models"]):
+            assert {key: getattr(recipe, key) for key in row} == row
+
+
+def test_the_published_protocol_is_the_published_one():
+    config = universality.settle(
+        experiments.load_config("universality", ["--config", str(HOME / "configs" / "isic2018.yaml")])
+    )
+    assert config.image_size == 128 and not config.is_synthetic
+    for recipe in config.models:
+        assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (10, 16, 1e-4)
+        assert (recipe.weights, recipe.freeze, recipe.preset) == ("imagenet", ["encoder"], "isic2018")
+
+
+@pytest.mark.parametrize(
+    ("data", "presets", "expected"),
+    [
+        ("synthetic", ("demo", "demo"), "results/universality"),
+        ("synthetic", ("smoke", "smoke"), "results/universality-smoke"),
+        ("/somewhere/isic/", ("demo", "demo"), "results/universality-isic"),
+        ("data/isic2018", ("isic2018", "demo"), "results/universality-isic2018-isic2018"),
+    ],
+)
+def test_other_images_and_presets_get_folders_of_their_own(data, presets, expected):
+    config = dataclasses.replace(
+        experiments.load_config("universality"),
+        data=data,
+        models=[Recipe(model=name, preset=preset) for name, preset in zip(("unetpp", "mask2former"), presets)],
+    )
+    assert universality.default_folder(config) == expected
+    assert universality.settle(config).out == expected
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        '!!python/object/apply:os.system ["touch {victim}"]',
+        '!!python/object/apply:builtins.open ["{victim}", "w"]',
+        "!!python/object/new:os.system ['touch {victim}']",
+        "!!python/name:os.system",
+    ],
+)
+def test_a_hostile_yaml_is_refused_and_not_executed(tmp_path, capsys, tag):
+    victim = tmp_path / "executed"
+    (tmp_path / "gift.yaml").write_text(f"data: {tag.format(victim=victim)}\n")
+    with pytest.raises(SystemExit) as caught:
+        experiments.main(["--config", str(tmp_path / "gift.yaml")])
+    assert caught.value.code == 2 and not victim.exists()
+    assert "could not determine a constructor" in capsys.readouterr().err
+
+
+def test_a_hostile_stored_config_is_not_executed(tmp_path):
+    victim = tmp_path / "executed"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f'a: !!python/object/apply:os.system ["touch {victim}"]\n')
+    from utils import open_run
+
+    with pytest.raises((InputError, yaml.YAMLError)):
+        open_run(tmp_path / "run", {"a": 1}, torch.device("cpu"))
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["universalty"], "unknown study 'universalty'; closest: 'universality'"),
+        (["--policies", '{"gap": ["linear_cka", "linear_ckaa"]}'], "unknown measure 'linear_ckaa' under gap"),
+        (["--policies", '{"gap": ["rsa"]}'], "policies must hold linear_cka under gap"),
+        (["--seeds", "[1, 1]"], "seeds must be different numbers"),
+        (["--models", '[{"model": "unetpp"}, {"model": "unetpp"}]'], "compares two different models"),
+        (["--weights", "some.pth"], "a file belongs to one model"),
+        (["--weights", "imagenet"], "has no pretrained weights"),
+    ],
+)
+def test_settings_that_cannot_run_are_refused_before_any_image_is_read(arguments, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(universality, "open_datasets", lambda *_, **__: pytest.fail("images were read"))
+    more = [] if arguments[0] == "universalty" else ["--out", str(tmp_path / "out")]
+    # offline, the demo's ImageNet weights of UNet++ are said to be missing first
+    words = rf"{words}|could not be fetched" if "imagenet" in arguments else words
+    with pytest.raises(InputError, match=words):
+        experiments.main([*arguments, *more])
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- the study
+
+
+def test_the_study_writes_all_it_promises(finished):
+    for name in ("config.yaml", "environment.json", "summary.md", "summary.csv", "pairs.csv", "depth.csv"):
+        assert (finished / name).stat().st_size > 0, name
+    for name in ("test_metrics.csv", "test_summary.csv", "planes/planes.csv"):
+        assert (finished / name).stat().st_size > 0, name
+    assert list(finished.glob("*.png"))
+    for model in ("unetpp", "mask2former"):
+        for seed in (0, 1):
+            member = finished / "models" / f"{model}-seed{seed}"
+            assert (member / "best" / "model.safetensors").is_file() and (member / "history.csv").is_file()
+            for twin in ("", "-untrained"):
+                for policy in ("gap", "grid4"):
+                    assert (finished / "recordings" / f"{model}-seed{seed}{twin}-{policy}.safetensors").is_file()
+
+
+def test_the_studys_tables_hold_every_part_and_stay_in_range(finished):
+    summary, metrics = pd.read_csv(finished / "summary.csv"), pd.read_csv(finished / "test_metrics.csv")
+    assert {"encoder", "decoder"} == set(summary["part"])
+    assert {"linear_cka", "rsa"} == set(summary["estimator"])
+    assert {"similarity", "floor", "ceiling", "null_mean", "p_value"} <= set(summary)
+    assert (summary["similarity"] <= 1).all() and (summary["n_images"] == 8).all()
+    assert summary["p_value"].between(1 / 6, 1).all()  # five permutations can show no less
+    assert len(metrics) == 8 * 4 and metrics.groupby(["model", "seed"])["id"].nunique().eq(8).all()
+
+
+def test_the_study_measures_on_test_images_and_trains_without_them(finished, root):
+    from dataset import find_splits
+
+    test = {pair.id for pair in find_splits(root)["test"]}
+    assert set(pd.read_csv(finished / "test_metrics.csv")["id"]) == test
+
+
+def test_no_result_names_a_machine_or_a_home(finished):
+    for path in finished.glob("*.md"):
+        assert str(os.path.expanduser("~")) not in path.read_text() or os.path.expanduser("~") == "/"
+
+
+def test_checkpoints_of_the_study_load_for_inference(finished):
+    model, extra = load_model(finished / "models" / "unetpp-seed0" / "best")
+    assert extra["transform"]["size"] == 64 and not model.training
+
+
+def test_a_second_run_recomputes_nothing(finished, root, capsys, monkeypatch):
+    import train as door
+
+    kept = [*(finished / "models").rglob("*.safetensors"), *(finished / "recordings").iterdir()]
+    kept += list((finished / "models").rglob("history.csv"))
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    tables = {path.name: path.read_bytes() for path in finished.glob("*.csv")}
+    assert len(before) >= 8 + 16
+    monkeypatch.setattr(door._Run, "_train_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(universality, "record_models", lambda *_, **__: pytest.fail("recorded again"))
+    experiments.main(tiny(root, finished))
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert {path.name: path.read_bytes() for path in finished.glob("*.csv")} == tables  # the same numbers again
+    assert "already trained" in capsys.readouterr().out
+
+
+def test_other_settings_are_refused_with_nothing_changed(finished, root):
+    before = stamps(finished)
+    for more, word in ((("--epochs", "2"), "epochs"), (("--image_size", "96"), "image_size")):
+        with pytest.raises(InputError, match=f"run with other settings .*{word}.*nothing was changed"):
+            experiments.main(tiny(root, finished, *more))
+    assert stamps(finished) == before
+
+
+def test_an_image_set_that_has_changed_is_refused(finished, root, tmp_path):
+    out = tmp_path / "results"
+    shutil.copytree(finished, out)
+    mask, other = sorted((root / "ISIC2018_Task1_Test_GroundTruth").glob("*.png"))[:2]
+    original = mask.read_bytes()
+    before = stamps(out)
+    try:
+        shutil.copy(other, mask)
+        with pytest.raises(InputError, match=r"other images|data"):
+            experiments.main(tiny(root, out))
+    finally:
+        mask.write_bytes(original)
+    assert stamps(out) == before
+
+
+def test_an_interrupted_study_continues_to_the_same_numbers(finished, root, tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    inside = universality.train
+
+    def dies_in_the_third_training(job, datasets):
+        if job.model == "mask2former":
+            raise KeyboardInterrupt
+        return inside(job, datasets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(universality, "train", dies_in_the_third_training)
+        with pytest.raises(KeyboardInterrupt):
+            experiments.main(tiny(root, out))
+    trained = out / "models" / "unetpp-seed1" / "best" / "model.safetensors"
+    stamp = trained.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(universality, "compare_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            experiments.main(tiny(root, out))
+    recorded = stamps(out / "recordings")
+    experiments.main(tiny(root, out))
+    assert trained.stat().st_mtime_ns == stamp and stamps(out / "recordings") == recorded
+    for name in ("summary.csv", "pairs.csv", "test_metrics.csv"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_recording_of_other_weights_is_made_again(finished, root, tmp_path):
+    """A stale file in the recordings folder is never taken for the model's own."""
+    out = tmp_path / "results"
+    shutil.copytree(finished, out)
+    recordings = out / "recordings"
+    right = (recordings / "unetpp-seed0-gap.safetensors").read_bytes()
+    shutil.copy(recordings / "unetpp-seed1-gap.safetensors", recordings / "unetpp-seed0-gap.safetensors")
+    experiments.main(tiny(root, out))
+    from similarity import Recording
+
+    again = Recording.load(recordings / "unetpp-seed0-gap.safetensors")
+    assert again.model_hash == Recording.load(finished / "recordings" / "unetpp-seed0-gap.safetensors").model_hash
+    assert len(right) == len((recordings / "unetpp-seed0-gap.safetensors").read_bytes())
+    assert (out / "summary.csv").read_bytes() == (finished / "summary.csv").read_bytes()
+
+
+def test_the_synthetic_set_is_named_after_what_it_holds(tmp_path, monkeypatch):
+    import sources
+
+    monkeypatch.setattr(sources, "HOME", tmp_path)
+    counts = {"Training": 2, "Validation": 1, "Test": 1}
+    folder = sources.locate(ImageSource(synthetic_images=counts, synthetic_size=32))
+    assert folder == tmp_path / "data" / "synthetic-2-1-1-32px-seed0" and (folder / "SYNTHETIC.json").is_file()
+    with pytest.raises(InputError, match="unknown split 'tset'"):
+        sources.open_datasets(ImageSource(synthetic_images=counts, synthetic_size=32, limits={"tset": 1}))

@@ -113,6 +113,7 @@ def build_model(spec: ModelSpec, seed: int = 0) -> nn.Module:
 def _dress(model: nn.Module, spec: ModelSpec) -> nn.Module:
     model.spec = spec
     model.input_normalization = NORMALIZATIONS[spec.normalization]
+    model.recording_key = spec.normalization  # no part of the weights, but of what the sites compute
     model.register_forward_pre_hook(normalize_input, with_kwargs=True)
     model.default_sites = functools.partial(model_sites.default_sites, model)
     model.declare_site = functools.partial(model_sites.declare_site, model)

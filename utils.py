@@ -191,23 +191,36 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def open_run(folder: Path, config: Mapping, device: torch.device) -> Path:
-    """Create a run folder, or continue one made with the same settings; another config is refused.
+def refuse_other_run(folder: Path, config: Mapping) -> None:
+    """Refuse a folder that is a file, holds something else, or a run with other settings; nothing is written.
 
-    Writes `config.yaml` and `environment.json`. Settings in `UNCOMPARED_SETTINGS` may differ between the runs.
+    Settings in `UNCOMPARED_SETTINGS` may differ between the runs.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output folder {folder} is a file; choose another folder with --out")
     stored = folder / "config.yaml"
-    plain = json.loads(json.dumps(config, default=str))
     if stored.exists():
-        _refuse_other_config(folder, _stored_settings(stored), plain)
+        _refuse_other_config(folder, _stored_settings(stored), _plain(config))
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty and is no run of ours; choose another with --out")
-    write_text(stored, yaml.safe_dump(plain, sort_keys=False))
+
+
+def open_run(folder: Path, config: Mapping, device: torch.device) -> Path:
+    """Create a run folder, or continue one made with the same settings; another config is refused.
+
+    Writes `config.yaml` and `environment.json`.
+    """
+    folder = Path(folder)
+    refuse_other_run(folder, config)
+    write_text(folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
     write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
     return folder
+
+
+def _plain(config: Mapping) -> dict:
+    """Settings as YAML knows them: tuples as lists, paths as text."""
+    return json.loads(json.dumps(config, default=str))
 
 
 def _stored_settings(path: Path) -> dict:

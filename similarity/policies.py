@@ -29,9 +29,30 @@ def parse_policy(policy: str) -> tuple[str, int]:
     return kind, int(cells or 0)
 
 
-def usable(site: Site, policy: str) -> bool:
-    """Whether the policy is defined at this site: grids and maps need features that have a place."""
-    return parse_policy(policy)[0] in ("gap", "tokens") or site.spatial
+def unfit(site: Site, policy: str, image_size: tuple[int, int]) -> str:
+    """Why the policy is not defined at this site (listed, so with its shape), for a message; '' where it is.
+
+    Grids, flat grids and maps need features that have a place; `grid:g` also a map of at least g × g: a smaller one
+    would repeat its cells as rows, which no estimator that counts rows may see.
+    """
+    kind, cells = parse_policy(policy)
+    if kind in ("gap", "tokens"):
+        return ""
+    if not site.spatial:
+        return f"policy {policy!r} needs space, and site {site.name!r} has axes {site.axes}; use 'gap'"
+    height, width = map_size(site, image_size)
+    if kind == "grid" and min(height, width) < cells:
+        size = f"{height} × {width} cells for images of {image_size[0]} × {image_size[1]}"
+        return f"policy {policy!r} needs a larger map: site {site.name!r} has {size}; use 'gap' or a smaller grid"
+    return ""
+
+
+def map_size(site: Site, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in cells of a listed spatial site; of its finest stride, where it has several."""
+    if "height" in site.axes:
+        shape = dict(zip((axis for axis in site.axes if axis != "batch"), site.shape))
+        return shape["height"], shape["width"]
+    return tuple(-(-side // min(site.strides)) for side in image_size)
 
 
 def reduce(tensor: Tensor, site: Site, policy: str, image_size: tuple[int, int]) -> Tensor:
@@ -41,8 +62,6 @@ def reduce(tensor: Tensor, site: Site, policy: str, image_size: tuple[int, int])
     Computed in at least float32.
     """
     kind, cells = parse_policy(policy)
-    if not usable(site, policy):
-        raise ValueError(f"policy {policy!r} needs space, and site {site.name!r} has axes {site.axes}; use 'gap'")
     tensor = tensor.detach()
     tensor = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
     if kind in ("gap", "tokens"):

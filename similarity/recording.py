@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from similarity.hooks import Listener, check_batch, list_sites, run_quietly
-from similarity.policies import parse_policy, reduce, usable
+from similarity.policies import parse_policy, reduce, unfit
 from similarity.sites import Site, resolve_sites
 
 FORMAT = "1"
@@ -174,8 +174,8 @@ def record_models(
         for name, model in models.items():
             if name not in books:
                 listed = list_sites(model, images[:1], wanted[name], forward)
-                books[name] = _Book(model, listed if not given[name] else _in_order(listed, wanted[name]), policies)
-                books[name].check(strict=given[name])
+                listed = _in_order(listed, wanted[name]) if given[name] else listed
+                books[name] = _Book(model, listed, policies, tuple(images.shape[-2:]), strict=given[name])
             books[name].write(images, forward)
     if not ids:
         raise ValueError("the loader gave no batch: nothing to record")
@@ -192,25 +192,26 @@ def _in_order(listed: list[Site], wanted: list[Site]) -> list[Site]:
 class _Book:
     """The rows of one model, growing batch by batch."""
 
-    def __init__(self, model: nn.Module, sites: list[Site], policies: Sequence[str]):
+    def __init__(
+        self, model: nn.Module, sites: list[Site], policies: Sequence[str], size: tuple[int, int], strict: bool
+    ):
+        """Sites asked for by name (`strict`) must suit every policy; of default sites, those that do are kept."""
+        if not sites:
+            raise ValueError("no site to record: the model declares none; name them with their axes")
         self.model, self.sites, self.policies = model, sites, policies
         self.rows: dict[tuple[str, str], list[Tensor]] = {}
-
-    def check(self, *, strict: bool) -> None:
-        """Sites asked for by name must suit every policy; of default sites, those that do are kept."""
-        if not self.sites:
-            raise ValueError("no site to record: the model declares none; name them with their axes")
-        for policy in self.policies:
-            unusable = [site.name for site in self.sites if not usable(site, policy)]
-            if unusable and strict:
-                raise ValueError(f"policy {policy!r} needs space, which site {unusable[0]!r} does not have; use 'gap'")
+        misfits = {(s.name, p): unfit(s, p, size) if s.shape else "" for s in sites for p in policies}
+        reasons = [reason for reason in misfits.values() if reason]
+        if reasons and strict:
+            raise ValueError(reasons[0])
+        self.wanted = {site.name: [p for p in policies if not misfits[site.name, p]] for site in sites}
 
     def write(self, images: Tensor, forward) -> None:
         size = tuple(images.shape[-2:])
 
         def keep(site: Site, tensor: Tensor) -> dict[str, Tensor]:
             check_batch(site, tensor, len(images))
-            return {p: reduce(tensor, site, p, size).clone() for p in self.policies if usable(site, p)}
+            return {p: reduce(tensor, site, p, size).clone() for p in self.wanted[site.name]}
 
         with Listener(self.model, self.sites, keep) as listener:
             run_quietly(self.model, images, forward)
@@ -269,8 +270,11 @@ class _ImageHasher:
 
 
 def hash_model(model: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 over every named tensor of the model's state."""
-    state = hashlib.sha256()
+    """First 16 hex digits of the SHA-256 over every named tensor of the model's state.
+
+    A model whose outputs depend on more than its state says so in `model.recording_key`, a text.
+    """
+    state = hashlib.sha256(getattr(model, "recording_key", "").encode())
     for name, tensor in sorted(model.state_dict().items()):
         data = tensor.detach().cpu().contiguous()
         state.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())

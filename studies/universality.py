@@ -28,7 +28,17 @@ from similarity.recording import hash_model
 from sources import ImageSource, open_datasets
 from studies import universality_report as report
 from train import Recipe, TrainConfig, check_recipe, is_finished, objective, train
-from utils import InputError, closest, format_seconds, open_run, progress, resolve_device, write_table, write_text
+from utils import (
+    InputError,
+    closest,
+    format_seconds,
+    open_run,
+    progress,
+    refuse_other_run,
+    resolve_device,
+    write_table,
+    write_text,
+)
 
 # name in the configuration -> (measure, options); the debiased estimators are the headline
 ESTIMATORS = {
@@ -102,6 +112,7 @@ def prepare(config: UniversalityConfig) -> tuple[UniversalityConfig, dict[str, S
     """Everything that can be refused, before anything long: settings, models, every image, the results folder."""
     config = settle(config)
     device = resolve_device(config.device)
+    refuse_other_run(Path(config.out), dataclasses.asdict(config))
     for recipe in config.models:
         build_model(recipe.spec)  # unknown presets and missing weights
     datasets = open_datasets(config)

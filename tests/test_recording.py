@@ -206,6 +206,7 @@ def test_unetpp_sites_come_in_execution_order_which_is_not_the_order_of_names(un
     expected = ["x_0_0", "x_1_1", "x_2_2", "x_3_3", "x_0_1", "x_1_2", "x_2_3", "x_0_2", "x_1_3", "x_0_3", "x_0_4"]
     names = [name for name in record(unetpp, batches(images_of(4))).names if name.startswith("decoder")]
     assert names == [f"decoder.blocks.{block}" for block in expected]
+    assert [site.name for site in unetpp.default_sites() if site.part == "decoder"] == names
     named = [name for name, _ in unetpp.named_modules() if name in names]
     assert sorted(named) == sorted(names) and named != names
     reversed_request = record(unetpp, batches(images_of(4)), names[::-1])
@@ -308,10 +309,18 @@ def test_gap_of_queries_is_the_mean_over_queries(mask2former):
 
 
 def test_grids_are_refused_where_features_have_no_place_and_left_out_by_default(mask2former):
-    with pytest.raises(ValueError, match=r"policy 'grid:2' needs space, which site .*layers.0' does not have"):
+    with pytest.raises(ValueError, match=r"policy 'grid:2' needs space, and site .*layers.0' has axes .*use 'gap'"):
         record(mask2former, batches(images_of(4)), [f"{DECODER}.layers.0"], "grid:2")
     default = record(mask2former, batches(images_of(4)), policy="grid:2")
     assert len(default.names) == 8 and not [name for name in default.names if DECODER in name]
+
+
+def test_a_map_smaller_than_the_grid_is_refused_because_its_cells_would_repeat_as_rows(mask2former):
+    last = "model.pixel_level_module.encoder.swin.encoder.layers.3.blocks.0"  # stride 32: 2 × 2 of 64 × 64 pixels
+    assert record(mask2former, batches(images_of(4)), [last], "grid:2")[last].shape[1] == 4
+    with pytest.raises(ValueError, match=r"'grid:4' needs a larger map: site .* has 2 × 2 cells for images of 64 × 64"):
+        record(mask2former, batches(images_of(4)), [last], "grid:4")
+    assert last not in record(mask2former, batches(images_of(4)), policy="grid:4").names
 
 
 @pytest.mark.parametrize("policy", ["grid", "grid:", "grid:0", "grid:-1", "grid:x", "gap:2", "mean", ""])
@@ -324,6 +333,14 @@ def test_maps_have_no_rows_to_compare():
     maps = record(Small(), batches(images_of(4)), ["conv"], "map")
     with pytest.raises(ValueError, match=r"full maps .* record with 'gap'"):
         plane("linear_cka", maps)
+
+
+def test_models_of_one_state_but_another_normalisation_have_another_hash():
+    plain, bright = Small(), Small()
+    bright.load_state_dict(plain.state_dict())
+    assert hash_model(plain) == hash_model(bright)
+    bright.recording_key = "imagenet"
+    assert hash_model(plain) != hash_model(bright)
 
 
 def test_integer_outputs_are_pooled_as_numbers():

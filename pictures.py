@@ -101,6 +101,30 @@ def example_predictions(
     return settle(figure)
 
 
+def gallery(
+    images: np.ndarray,
+    masks: np.ndarray,
+    ids: Sequence[str],
+    *,
+    title: str = "What is to be outlined?",
+    caption: str = "",
+    synthetic: bool = False,
+) -> Figure:
+    """A row of images (k, 3, H, W) in [0, 1] with the outlines of their masks (k, 1, H, W), their ids below."""
+    pictures, masks = _pictures(images), np.asarray(masks)
+    k, size = len(pictures), pictures.shape[1:3]
+    if masks.shape != (k, 1, *size) or len(ids) != k:
+        raise InputError(f"{k} images need masks of shape {(k, 1, *size)} and {k} ids, got {masks.shape}, {len(ids)}")
+    texts = {"title": title, "caption": caption, "synthetic": synthetic, "note": "Yellow: outline of the mask"}
+    figure, axes = _picture_grid(1, k, **texts)
+    for ax, picture, mask, name in zip(axes[0], pictures, masks, ids):
+        ax.imshow(picture, extent=(0.5, size[1] + 0.5, size[0] + 0.5, 0.5))  # masks are padded by one pixel
+        _outline(ax, mask[0], YELLOW)
+        ax.set_xlabel(name, fontsize=7)
+        ax.set(xlim=(0.5, size[1] + 0.5), ylim=(size[0] + 0.5, 0.5))
+    return settle(figure)
+
+
 def pca_scores(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first three principal components over all pixels of all k maps together.
 

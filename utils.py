@@ -114,8 +114,8 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def progress(iterable=None, **options):
-    """tqdm, silent when the output is not a terminal or notebook."""
-    quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    """tqdm, silent when the output is neither a terminal nor a notebook, or TQDM_DISABLE is set."""
+    quiet = bool(os.environ.get("TQDM_DISABLE")) or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     return tqdm(iterable, disable=quiet, leave=False, dynamic_ncols=True, **options)
 
 
@@ -174,7 +174,8 @@ def git_commit() -> str:
         return "git is not installed"
     if head.returncode != 0:
         return "not a git checkout"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!*.ipynb").stdout.strip()
+    computing = (":!results", ":!*.ipynb", ":!*.md")  # what a result does not depend on is left out
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *computing).stdout.strip()
     return head.stdout.strip() + ("+changes" if changed else "")
 
 

@@ -67,6 +67,7 @@ def execute(notebook: nbformat.NotebookNode, preset: str) -> None:
         cell.metadata.pop("execution", None)  # clock times
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    notebook.metadata.pop("widgets", None)
 
 
 def build(name: str, preset: str) -> Path:

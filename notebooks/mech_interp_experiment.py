@@ -49,7 +49,7 @@ metrics = universality.score_all(config, datasets["test"], folder, device)
 metrics.groupby(["model", "seed"])[["iou", "dice", "accuracy", "thresholded_jaccard"]].mean().round(3)
 
 # %% [markdown]
-# They are about equally good at the task, so a difference inside is not a difference in success.
+# Where they are about equally good at the task, a difference inside is no difference in success.
 #
 # ## 2. Where we listen
 # Every block of encoder and decoder, in the order in which it fires. Axes are declared by the model: pooling Swin's

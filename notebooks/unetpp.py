@@ -44,15 +44,12 @@ pd.DataFrame({"images": {name: len(data) for name, data in datasets.items()}})
 # Pairs of image and mask are matched by their id, resized once, and kept in a cache. The outline is the mask.
 
 # %%
-chosen = [datasets["train"][i] for i in range(3)]
-pictures.example_predictions(
+chosen = [datasets["train"][i] for i in range(5)]
+pictures.gallery(
     torch.stack([sample.image for sample in chosen]).numpy(),
     torch.stack([sample.mask for sample in chosen]).numpy(),
-    {},
     [sample.id for sample in chosen],
-    {},
-    title="What is to be outlined?",
-    caption=f"Training images at {config.image_size} px, with this epoch's flips and quarter turns.",
+    caption=f"Training images at {config.image_size} px, flipped and turned as in this epoch.",
     synthetic=config.is_synthetic,
 )
 

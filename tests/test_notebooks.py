@@ -30,9 +30,10 @@ def test_every_cell_was_executed_once_and_in_order(notebook):
     assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
 
 
-def test_no_cell_ended_in_an_error_or_left_a_warning(notebook):
+def test_no_cell_ended_in_an_error_or_left_a_warning_or_a_progress_bar(notebook):
     outputs = [output for cell in code(notebook) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
 
 
 def test_a_notebook_is_below_its_limit_of_bytes(name):

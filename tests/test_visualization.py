@@ -15,6 +15,7 @@ from scipy.stats import ortho_group
 
 import pictures
 import visualization as viz
+from utils import InputError
 
 RNG = np.random.default_rng(0)
 K, SIZE = 3, 24
@@ -382,3 +383,12 @@ def test_a_returned_figure_is_rendered_by_a_notebook_with_the_inline_backend():
     select_figure_formats(shell, {"png"})  # what %matplotlib inline does to the display formatter
     data, _ = shell.display_formatter.format(viz.similarity_plane(plane(), "T", "B", "A"))
     assert "image/png" in data
+
+
+def test_a_gallery_shows_every_image_with_its_id():
+    images, masks = np.random.default_rng(0).random((3, 3, 16, 16)), np.zeros((3, 1, 16, 16))
+    masks[:, :, 4:9, 4:9] = 1
+    figure = pictures.gallery(images, masks, ["a", "b", "c"], caption="n = 3", synthetic=True)
+    assert [ax.get_xlabel() for ax in figure.axes] == ["a", "b", "c"]
+    with pytest.raises(InputError, match="3 images need masks"):
+        pictures.gallery(images, masks[:2], ["a", "b", "c"])

@@ -1,0 +1,75 @@
+"""The README says only what is true of the committed state."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+import experiments
+from studies import universality, universality_report
+from utils import refuse_other_run
+
+PROJECT = Path(__file__).resolve().parents[1]
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+RESULTS = PROJECT / "results" / "universality"
+
+
+def test_every_linked_file_exists():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert targets and not [target for target in targets if not (PROJECT / target).exists()]
+
+
+def test_every_named_file_exists():
+    named = re.findall(r"`([\w./]+\.(?:py|yaml|ipynb|txt))`", README)
+    assert len(named) > 10 and not [name for name in named if not list(PROJECT.rglob(Path(name).name))]
+
+
+def test_the_two_commands_use_the_files_that_are_there():
+    assert "pip install -r requirements.txt && python experiments.py" in README
+    assert "pip install -r requirements-dev.txt && python -m pytest" in README
+    assert (PROJECT / "requirements-dev.txt").read_text().splitlines()[0] == "-r requirements.txt"
+
+
+def test_the_table_is_that_of_the_committed_results():
+    table = README.partition("<!-- table")[2].partition("-->")[2].partition("<!-- end -->")[0].strip()
+    expected = universality_report.short_table(pd.read_csv(RESULTS / "summary.csv")).strip()
+    assert table == expected
+
+
+def test_the_committed_results_are_those_of_the_demo_settings():
+    """So that the first command of a fresh clone goes on instead of being refused."""
+    config = universality.settle(experiments.load_config("universality"))
+    stored = yaml.safe_load((RESULTS / "config.yaml").read_text(encoding="utf-8"))
+    assert config.out == stored["out"] == "results/universality"
+    refuse_other_run(RESULTS, dataclasses.asdict(config))
+
+
+def test_committed_results_are_stamped_and_called_synthetic():
+    summary = (RESULTS / "summary.md").read_text(encoding="utf-8")
+    assert "Synthetic images" in summary and re.search(r"Commit [0-9a-f]{12}", summary)
+    assert all((RESULTS / name).exists() for name in ("config.yaml", "environment.json", "data.json"))
+
+
+def test_nothing_committed_names_a_place_of_one_machine():
+    suspicious = re.compile(r"(?<![\w.])/(?:work|home|root|Users|tmp)/")
+    files = [
+        path
+        for pattern in ("*.md", "*.py", "*.ipynb", "*.yaml", "results/**/*.csv", "results/**/*.md", "results/**/*.json")
+        for path in PROJECT.glob(pattern)
+    ]
+    found = [path.name for path in files if suspicious.search(path.read_text(encoding="utf-8"))]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["experiments.py", "--help"], ["train.py", "--help"], ["inference.py", "--help"], ["dataset.py", "--help"]],
+)
+def test_doors_explain_themselves(arguments):
+    done = subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--" in done.stdout

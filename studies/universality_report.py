@@ -275,6 +275,13 @@ def place_on_ruler(row) -> str:
     return f"{row.u:.0%} of the way from untrained to another seed ({ends})"
 
 
+def pictures_of(config) -> str:
+    """Links to the pictures that show images; photographs are shown to who made the run, and published by nobody."""
+    if config.is_synthetic:
+        return "![PCA pictures](pca.png)\n![predictions](predictions.png)"
+    return "`pca.png` and `predictions.png` show photographs of the data set: mind its licence before passing them on."
+
+
 def summary_text(config, datasets: dict, metrics: pd.DataFrame, tables: dict, names: list[str]) -> str:
     """summary.md: what was run on what, the answer, the tables, what each number means."""
     kind = "**Synthetic images** (embedded set)" if config.is_synthetic else f"Images of `{Path(config.data).name}`"
@@ -306,9 +313,8 @@ to be read beside its null. The range over seeds is no confidence interval over 
 ![encoder plane](plane_encoder.png)
 ![decoder plane](plane_decoder.png)
 ![measures](measures.png)
-![PCA pictures](pca.png)
-![predictions](predictions.png)
 ![training curves](training_curves.png)
+{pictures_of(config)}
 
 Made by `python experiments.py universality` with the settings in `{out}/config.yaml`.
 """

@@ -280,7 +280,9 @@ def _mask2former_from_hub(source: str) -> nn.Module:
         model, report = from_hub(load, source)
     finally:
         transformers_logging.set_verbosity(verbosity)
-    unmatched = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    # transformers 4 lists the mismatched keys, 5 with their shapes
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]
+    unmatched = [*report["missing_keys"], *mismatched]
     new = ("class_predictor.", "criterion.")
     lost = sorted(key for key in unmatched if not key.startswith(new) and not key.endswith(UNUSED_NORM))
     if lost or model.config.backbone_config.model_type != "swin":

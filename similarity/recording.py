@@ -6,6 +6,7 @@ Rows carry image ids; two recordings are only ever matched by id. This room comp
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +52,9 @@ class Recording:
                 raise ValueError(f"site {name!r} has {len(tensor)} rows for {len(self.ids)} image ids")
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.features:
+            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.3) or self.names[:3]
+            raise ValueError(f"site {name!r} was not recorded; closest: {', '.join(map(repr, near))}")
         return self.features[name]
 
     def __len__(self) -> int:
@@ -63,7 +67,7 @@ class Recording:
 
     def matrix(self, name: str) -> Tensor:
         """The site's rows as (rows, features): images, or image × position pairs, image-major."""
-        tensor = self.features[name]
+        tensor = self[name]
         if self.policy == "map":
             raise ValueError("a recording of full maps has no (n, p) matrices; record with 'gap', 'grid:g' or 'flat:g'")
         return tensor.reshape(-1, tensor.shape[-1])

@@ -316,7 +316,8 @@ def test_grids_are_refused_where_features_have_no_place_and_left_out_by_default(
 
 
 def test_a_map_smaller_than_the_grid_is_refused_because_its_cells_would_repeat_as_rows(mask2former):
-    last = "model.pixel_level_module.encoder.swin.encoder.layers.3.blocks.0"  # stride 32: 2 × 2 of 64 × 64 pixels
+    # stride 32: 2 × 2 of 64 × 64 pixels; under the name that the installed transformers gives it
+    last = mask2former.declare_site("model.pixel_level_module.encoder.swin.encoder.layers.3.blocks.0").name
     assert record(mask2former, batches(images_of(4)), [last], "grid:2")[last].shape[1] == 4
     with pytest.raises(ValueError, match=r"'grid:4' needs a larger map: site .* has 2 × 2 cells for images of 64 × 64"):
         record(mask2former, batches(images_of(4)), [last], "grid:4")
@@ -341,6 +342,12 @@ def test_models_of_one_state_but_another_normalisation_have_another_hash():
     assert hash_model(plain) == hash_model(bright)
     bright.recording_key = "imagenet"
     assert hash_model(plain) != hash_model(bright)
+
+
+def test_a_site_that_was_not_recorded_is_named_with_the_closest():
+    recording = record(Small(), batches(images_of(4)), ["conv"])
+    with pytest.raises(ValueError, match=r"site 'convv' was not recorded; closest: 'conv'"):
+        recording["convv"]
 
 
 def test_integer_outputs_are_pooled_as_numbers():

@@ -24,6 +24,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.utils import logging as transformers_logging
 
 import model_sites
+from model_sites import sites as sites  # what a model computes, in order: asked for beside building it
 from utils import InputError, atomic_path, closest, pick, seed_everything, write_text
 from weights import HUB_ERRORS, UNUSED_NORM, from_hub, load_pretrained_file, load_state, offline_message
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dataset import SegmentationDataset, make_loader
+from images import duplicates
 from inference import score
 from loss_metrics import summarize
 from models import ModelSpec, build_model, load_model
@@ -123,7 +124,20 @@ def prepare(config: UniversalityConfig) -> tuple[UniversalityConfig, dict[str, S
         raise InputError(f"{config.out} holds results of other images than {config.data} has now; choose another --out")
     folder = open_run(Path(config.out), dataclasses.asdict(config), device)
     write_text(folder / "data.json", json.dumps(hashes, indent=1) + "\n")
+    if not config.is_synthetic:
+        report_duplicates({name: data.pairs for name, data in datasets.items()}, config, folder)
     return config, datasets, folder
+
+
+def report_duplicates(splits: dict, config: UniversalityConfig, folder: Path) -> None:
+    """Images that two splits share: a line on the terminal and duplicates.csv; they stay where the data put them."""
+    shared = duplicates(splits, config.transform)
+    write_table(shared, folder / "duplicates.csv")
+    if len(shared):
+        pairs = "; ".join(
+            f"{r.id_a} ({r.split_a}) and {r.id_b} ({r.split_b}), {r.kind}" for r in shared.head(3).itertuples()
+        )
+        print(f"note: {len(shared)} pairs of images are the same in two splits, listed in duplicates.csv: {pairs}")
 
 
 def settle(config: UniversalityConfig) -> UniversalityConfig:

@@ -94,6 +94,8 @@ def scan(root: Path | str, *, seed: int = 0) -> tuple[dict[str, list[Pair]], dic
 
 def _layout_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     """Split name -> (image folder, mask folder), for the folders that are in `root`."""
+    if root.is_file():
+        raise InputError(f"data folder {root} is a file; give the folder which holds the ISIC 2018 folders")
     if not root.is_dir():
         raise InputError(
             f"data folder {root} does not exist; `python dataset.py download --to {root}` fetches ISIC 2018"
@@ -321,6 +323,8 @@ def check(data: Path, size: int = 128, cache: Path | None = None, seed: int = 0)
         print(f"{kind} duplicates across splits: {(shared.kind == kind).sum()}")
     if len(shared):
         print(shared.round(3).to_string(index=False))
+    if "train" not in splits:
+        print("note: no Training folder: these images can be scored, but nothing can be trained on them")
     faulty = sum(map(len, problems.values())) + sum(map(len, broken.values()))
     print(f"{faulty} problems" if faulty else "every file can be used")
     return 1 if faulty else 0

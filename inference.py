@@ -75,7 +75,15 @@ def segment_files(model: nn.Module, transform: Transform, files: Sequence[Path],
     return pd.DataFrame(rows)
 
 
-def picture(dataset: Images, logits: dict[str, Tensor], metrics: pd.DataFrame, name: str, *, synthetic: bool):
+def picture(
+    dataset: Images,
+    logits: dict[str, Tensor],
+    metrics: pd.DataFrame,
+    name: str,
+    *,
+    split: str = "test",
+    synthetic: bool,
+):
     """Side by side: image with its true contour, and the prediction, for the first images of the data set."""
     chosen = [dataset[i] for i in range(min(EXAMPLES, len(dataset)))]
     ids = [sample.id for sample in chosen]
@@ -85,7 +93,8 @@ def picture(dataset: Images, logits: dict[str, Tensor], metrics: pd.DataFrame, n
         {name: torch.stack([logits[i] for i in ids]).numpy() > 0},
         ids,
         {name: metrics.set_index("id").loc[ids, "iou"].tolist()},
-        caption="First test images in order of id; IoU per image at the model's input size.",
+        title="What does the model outline?",
+        caption=f"First {split} images in order of id; IoU per image at the model's input size.",
         synthetic=synthetic,
     )
 
@@ -140,7 +149,9 @@ def infer(
     summary = summarize(metrics)
     write_table(metrics, out / "per_image.csv")
     write_table(summary, out / "summary.csv")
-    figure = picture(dataset, logits, metrics, TITLES[model.spec.name], synthetic=extra.get("data") == "synthetic")
+    figure = picture(
+        dataset, logits, metrics, TITLES[model.spec.name], split=split, synthetic=extra.get("data") == "synthetic"
+    )
     visualization.save(figure, out / "examples.png")
     print(summary.round(4).to_string(index=False))
     print(f"{len(metrics)} images of {split} at {transform.size} px; masks, per-image metrics and pictures in {out}")

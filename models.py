@@ -172,14 +172,16 @@ def _build_unetpp(spec: ModelSpec) -> nn.Module:
             f"encoder {encoder!r} has no ImageNet weights: {error}; use weights 'none' or a file"
         ) from error
     except HUB_ERRORS as error:
-        raise InputError(offline_message(_encoder_repository(encoder), error)) from error
+        raise InputError(offline_message(*_encoder_repository(encoder), error)) from error
 
 
-def _encoder_repository(encoder: str) -> str:
+def _encoder_repository(encoder: str) -> tuple[str, str]:
+    """(hub repository, the revision that the library asks for, '' for its newest) of an encoder's ImageNet weights."""
     if not encoder.startswith("tu-"):
-        return f"smp-hub/{encoder}.imagenet"
+        settings = smp.encoders.encoders[encoder]["pretrained_settings"]["imagenet"]
+        return settings["repo_id"], settings["revision"]
     known = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
-    return encoder.removeprefix("tu-") if known is None else known.hf_hub_id
+    return (encoder.removeprefix("tu-") if known is None else known.hf_hub_id), ""
 
 
 def _unetpp_options(spec: ModelSpec) -> dict:

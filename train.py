@@ -41,6 +41,7 @@ from utils import (
     sentences_instead_of_tracebacks,
     write_table,
 )
+from weights import UNREADABLE
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "one_cycle")
@@ -156,6 +157,8 @@ def train(config: TrainConfig, datasets: dict[str, SegmentationDataset] | None =
     check_recipe(config)
     device = resolve_device(config.device)
     folder = Path(config.out)
+    if "encoder" in config.freeze and config.weights == "none":
+        print("note: the encoder is frozen at its random weights (weights: none); nothing in it is trained")
     loss = objective(config)
     accelerator = _accelerator(config, device)
     model = build_model(config.spec, config.seed)
@@ -289,7 +292,12 @@ class _Run:
         path = self.folder / "resume.pt"
         if not path.exists():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except UNREADABLE as error:
+            raise InputError(
+                f"{path} is damaged ({type(error).__name__}); delete it to train this run anew: best/ and last/ stay"
+            ) from error
         self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:

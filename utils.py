@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from tqdm.auto import tqdm
 
 HOME = Path(__file__).resolve().parent
@@ -55,14 +55,22 @@ def sentences_instead_of_tracebacks() -> Iterator[None]:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def read_settings(kind: type, prog: str, arguments: Sequence[str]):
     """Settings of a dataclass from a YAML (`--config FILE`), overridden by the other arguments wherever they stand."""
-    parser = ArgumentParser(prog=prog, description=f"{prog}: every setting, also as YAML with --config")
+    parser = ArgumentParser(
+        prog=prog, description=f"{prog}: every setting, also as YAML with --config", exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML of settings")
     parser.add_class_arguments(kind)
-    values = parser.instantiate(parser.parse_args(_config_first(arguments))).as_dict()
+    try:
+        values = parser.instantiate(parser.parse_args(_config_first(arguments))).as_dict()
+    except ArgumentError as error:
+        raise InputError(f"{error}; `{prog} --help` lists every setting") from error
     values.pop("config")
     return kind(**values)
 
@@ -200,6 +208,9 @@ def refuse_other_run(folder: Path, config: Mapping) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output folder {folder} is a file; choose another folder with --out")
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"output folder {folder} cannot be written: {parent} is no folder that may be written to")
     stored = folder / "config.yaml"
     if stored.exists():
         _refuse_other_config(folder, _stored_settings(stored), _plain(config))
@@ -214,8 +225,11 @@ def open_run(folder: Path, config: Mapping, device: torch.device) -> Path:
     """
     folder = Path(folder)
     refuse_other_run(folder, config)
-    write_text(folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
-    write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
+    try:
+        write_text(folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+        write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"output folder {folder} cannot be written ({error}); choose another with --out") from error
     return folder
 
 
@@ -235,19 +249,28 @@ def _stored_settings(path: Path) -> dict:
 
 
 def _refuse_other_config(folder: Path, old: Mapping, new: Mapping) -> None:
-    different = [
-        key
-        for key in sorted(set(old) | set(new))
-        if key not in UNCOMPARED_SETTINGS and old.get(key, "absent") != new.get(key, "absent")
-    ]
+    old, new = (
+        _flat({key: value for key, value in config.items() if key not in UNCOMPARED_SETTINGS}) for config in (old, new)
+    )
+    different = [key for key in sorted(set(old) | set(new)) if old.get(key, "absent") != new.get(key, "absent")]
     if different:
-        changes = "; ".join(
-            f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now" for key in different
-        )
+        named = [f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now" for key in different[:3]]
+        more = f"; … and {len(different) - 3} more" if len(different) > 3 else ""
         raise InputError(
-            f"output folder {folder} holds a run with other settings ({changes}); "
+            f"output folder {folder} holds a run with other settings ({'; '.join(named)}{more}); "
             "nothing was changed: choose another folder with --out, or delete that one"
         )
+
+
+def _flat(value, name: str = "") -> dict[str, object]:
+    """Nested settings as {'models[0].weights': 'none', …}; empty lists and mappings are values."""
+    if isinstance(value, Mapping) and value:
+        parts = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and value:
+        parts = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return {name: value}
+    return {key: leaf for part, item in parts for key, leaf in _flat(item, part).items()}
 
 
 def format_seconds(seconds: float) -> str:

@@ -340,6 +340,7 @@ def ruler(
         for row in summary[summary["part"] == part].itertuples():
             _draw_ruler(ax, names.index((row.measure, row.policy)), row)
         ax.axvline(0, color="0.75", lw=0.8, zorder=0)
+        ax.margins(x=0.06)  # a mark at an end is drawn whole
         ax.set_title(part, fontsize=10)
         ax.set_xlabel("similarity (dimensionless)", fontsize=9)
         ax.spines[["top", "right", "left"]].set_visible(False)
@@ -356,9 +357,9 @@ def ruler(
 
 def _draw_ruler(ax: Axes, y: int, row) -> None:
     """One row of the ruler at height y; NaN marks are left out by matplotlib or by hand."""
-    if np.isfinite([row.floor, row.ceiling]).all():
+    if row.floor < row.ceiling:  # else there is no scale, and none is drawn
         ax.barh(y, row.ceiling - row.floor, left=row.floor, height=0.5, color=RANGE_COLOUR, zorder=1)
-        if row.ceiling > row.floor and np.isfinite(row.similarity):
+        if np.isfinite(row.similarity):
             u = (row.similarity - row.floor) / (row.ceiling - row.floor)
             ax.text(1.02, y, f"{u:.2f}", transform=ax.get_yaxis_transform(), fontsize=8, va="center")
     ax.vlines(row.floor, y - 0.25, y + 0.25, color=ORANGE, lw=2.6, zorder=2)
@@ -402,7 +403,10 @@ def depth_profile(
         rows = frame[frame["part"] == part].sort_values("relative_depth")
         depth = rows["relative_depth"].to_numpy(dtype=float)
         low, high = rows["floor"].to_numpy(dtype=float), rows["ceiling"].to_numpy(dtype=float)
-        ax.fill_between(depth, low, high, color=RANGE_COLOUR, lw=0, label="floor to ceiling")
+        above = low < high  # elsewhere there is no scale, and no band
+        ax.fill_between(
+            depth, low, high, where=above, interpolate=True, color=RANGE_COLOUR, lw=0, label="floor to ceiling"
+        )
         ax.plot(depth, high, color=GREEN, lw=1.6, marker="^", ms=4, label="ceiling: another seed")
         ax.plot(depth, low, color=ORANGE, lw=1.6, marker="v", ms=4, label="floor: untrained twins")
         ax.plot(depth, rows["similarity"], color=BLACK, lw=1.8, marker="o", ms=5, label="observed")

@@ -40,14 +40,15 @@ def from_hub(load: Callable, source: str):
     try:
         return load(source)
     except HUB_ERRORS as error:
-        raise InputError(offline_message(source, error)) from error
+        raise InputError(offline_message(source, "", error)) from error
 
 
-def offline_message(repository: str, error: Exception) -> str:
+def offline_message(repository: str, revision: str, error: Exception) -> str:
     """What to do when a hub repository is neither reachable nor in the local cache."""
+    command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     return (
         f"the pretrained weights {repository!r} could not be fetched and are not in the local cache "
-        f"({type(error).__name__}). On a connected machine run `hf download {repository}` and copy the folder "
+        f"({type(error).__name__}). On a connected machine run `{command}` and copy the folder "
         f"~/.cache/huggingface/hub/models--{repository.replace('/', '--')} to the same place here; or give --weights a "
         "local file or folder; or use --weights none"
     )

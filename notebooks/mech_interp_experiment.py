@@ -119,8 +119,8 @@ figures["plane_encoder"]
 figures["plane_decoder"]
 
 # %% [markdown]
-# Do other measures draw the same picture? Each forgives something else: SVCCA any invertible linear map, the CKAs only
-# rotations and scale, RSA with correlation distances neither.
+# Do other measures draw the same picture? Each is blind to something else: SVCCA and the CKAs to rotations, scale and
+# shifts of the features, RSA with correlation distances only to their scale and order.
 
 # %%
 figures["measures"]

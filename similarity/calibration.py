@@ -90,12 +90,18 @@ def position(similarity, floor, ceiling):
 
 
 def word(similarity: float, u: float, null_high: float) -> str:
-    """below chance (not above the null's 95 % point) / at floor (u < 0.1) / partial / at ceiling (u ≥ 0.9)."""
+    """The place on the ruler in a word.
+
+    below chance (not above the null's 95 % point) / below floor (u < −0.1) / at floor (u < 0.1) / partial / at ceiling
+    (u ≥ 0.9) / above ceiling (u > 1.1)
+    """
     if similarity <= null_high:
         return "below chance"
     if math.isnan(u):
         return "no scale: the ceiling is not above the floor"
-    return "at floor" if u < 0.1 else "partial" if u < 0.9 else "at ceiling"
+    if u < 0.1:
+        return "below floor" if u < -0.1 else "at floor"
+    return "partial" if u < 0.9 else "at ceiling" if u <= 1.1 else "above ceiling"
 
 
 def permutation_null(

@@ -5,6 +5,7 @@ Rows are matched by image id, whatever the order in which the two recordings saw
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable
@@ -115,10 +116,19 @@ def _permute(side: Tensor | tuple, rows: Tensor) -> Tensor | tuple:
 
 def _known(measure: str | Callable, options: dict) -> tuple[str, Measure | None]:
     if isinstance(measure, str):
-        return measure, measures.lookup(measure, options)
+        return measure, _with_options(measure, options)
     name = getattr(measure, "__name__", repr(measure))
     ours = name in MEASURES and getattr(measures, name) is measure
-    return name, measures.lookup(name, options) if ours else None
+    return name, _with_options(name, options) if ours else None
+
+
+def _with_options(name: str, options: dict) -> Measure:
+    known = measures.lookup(name, options)
+    allowed = [option for option in inspect.signature(getattr(measures, name)).parameters if option not in ("X", "Y")]
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(allowed)}")
+    return known
 
 
 def match_rows(A: Recording, B: Recording) -> Recording:

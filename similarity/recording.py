@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ class Recording:
             "model_hash": self.model_hash,
             "data_hash": self.data_hash,
         }
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two processes may be recording the same
         save_file({name: tensor.contiguous() for name, tensor in self.features.items()}, temporary, metadata)
         temporary.replace(path)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from dataset import SegmentationDataset, make_loader
@@ -24,7 +25,8 @@ from inference import score
 from loss_metrics import summarize
 from models import ModelSpec, build_model, load_model
 from similarity import Plane, Recording, calibration, plane, record_models
-from similarity.measures import MEASURES
+from similarity.measures import MEASURES, SMALLEST_N
+from similarity.policies import parse_policy
 from similarity.recording import hash_model
 from sources import ImageSource, open_datasets
 from studies import universality_report as report
@@ -117,6 +119,8 @@ def prepare(config: UniversalityConfig) -> tuple[UniversalityConfig, dict[str, S
     for recipe in config.models:
         build_model(recipe.spec)  # unknown presets and missing weights
     datasets = open_datasets(config)
+    if len(datasets["test"]) < SMALLEST_N:
+        raise InputError(f"{len(datasets['test'])} test images: at least {SMALLEST_N} are needed to compare anything")
     hashes = {name: {"images": len(data), "hash": data.fingerprint} for name, data in datasets.items()}
     known = Path(config.out) / "data.json"
     # the synthetic set may differ in its last bits between versions of OpenCV; each stage below checks its own hash
@@ -142,7 +146,9 @@ def report_duplicates(splits: dict, config: UniversalityConfig, folder: Path) ->
 
 def settle(config: UniversalityConfig) -> UniversalityConfig:
     """Apply the overrides, choose the results folder, and refuse what cannot run."""
-    changes = {key: getattr(config, key) for key in ("weights", "epochs") if getattr(config, key) is not None}
+    # a frozen encoder is the pretrained one: without its weights there is nothing to keep
+    changes = {"freeze": []} if config.weights == "none" else {}
+    changes |= {key: getattr(config, key) for key in ("weights", "epochs") if getattr(config, key) is not None}
     if changes.get("weights") not in (None, "none", "imagenet"):
         raise InputError(
             f"--weights {changes['weights']}: a file belongs to one model; set weights in the YAML instead"
@@ -154,16 +160,34 @@ def settle(config: UniversalityConfig) -> UniversalityConfig:
     for recipe in models:
         check_recipe(recipe)
         objective(recipe)
+    for name, least in (("permutations", 1), ("batch_size", 1), ("workers", 0)):
+        if getattr(config, name) < least:
+            raise InputError(f"{name} must be at least {least}, got {getattr(config, name)}")
     for policy, estimators in config.policies.items():
+        _check_policy(policy, config.image_size)
         for name in estimators:
             if name not in ESTIMATORS:
                 raise InputError(f"unknown measure {name!r} under {policy}; closest: {closest(name, ESTIMATORS)}")
     if HEADLINE not in config.policies.get("gap", []):
         raise InputError(f"policies must hold {HEADLINE} under gap: it is the headline of the summary")
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        raise InputError(f"seeds must be different numbers, got {config.seeds}")
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
+        raise InputError(f"seeds must be different numbers from 0 up, got {config.seeds}")
     out = config.out or default_folder(config)
     return dataclasses.replace(config, models=models, out=str(out))
+
+
+def _check_policy(policy: str, image_size: int) -> None:
+    """Policies of the study pool each image to a row, or to a grid that the first blocks of both models have."""
+    try:
+        kind, cells = parse_policy(policy)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if kind not in ("gap", "grid", "flat"):
+        raise InputError(f"policy {policy!r} cannot be compared between models; use gap, grid:g or flat:g")
+    if kind == "grid" and cells > image_size // 4:
+        raise InputError(
+            f"policy {policy!r} is finer than the models' maps; at {image_size} px use grid:{image_size // 4}"
+        )
 
 
 def default_folder(config: UniversalityConfig) -> str:
@@ -195,8 +219,8 @@ def untrained_spec(recipe: Recipe) -> ModelSpec:
 
 def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset]) -> str:
     """One sentence: how long the trainings will take here, from timed steps of both models on this machine."""
-    seconds, sizes = 0.0, {name: len(data) for name, data in datasets.items()}
-    todo = 0
+    sizes = {name: len(data) for name, data in datasets.items()}
+    todo, seconds = 0, 15.0  # figures and start, whatever the number of images
     for recipe in config.models:
         remaining = [seed for seed in config.seeds if not _finished(config, recipe, seed)]
         todo += len(remaining)
@@ -210,9 +234,9 @@ def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset
         return (
             f"Trainings are finished; {recorded} and their planes follow in about a minute unless they are there too."
         )
-    # planes, permutations and figures: measured at 40 s for 200 images and two seeds on two cores
+    # planes and permutations: measured for two seeds on two cores
     epochs = ", ".join(f"{recipe.model} {recipe.epochs} epochs" for recipe in config.models)
-    seconds += 40 * (sizes["test"] / 200) ** 2 * (config.permutations / 200)
+    seconds += 20 * (sizes["test"] / 200) ** 2 * (1 + config.permutations / 100) / 2
     trainings = f"{todo} trainings on {sizes['train']} images ({epochs})"
     return f"{trainings}, {recorded}: about {format_seconds(seconds)} on this machine."
 
@@ -309,7 +333,10 @@ def _cached_recording(folder: Path, member: Trained, policy: str, model: nn.Modu
     path = recording_path(folder, member.name, policy)
     if not path.exists():
         return None
-    recording = Recording.load(path)
+    try:
+        recording = Recording.load(path)
+    except (SafetensorError, ValueError):  # cut short, or of another version
+        return None
     current = recording.model_hash == hash_model(model) and recording.data_hash == test.fingerprint
     return recording if current else None
 

@@ -79,7 +79,7 @@ def plane_figures(config, planes: dict, pairs: pd.DataFrame, names: list[str]) -
             ylabel=f"{a} site, in execution order",
             label="debiased linear CKA",
             vmax=1.0,
-            caption=f"Debiased linear CKA, mean over space (gap), n = {n} test images, mean of {network_pairs} pairs "
+            caption=f"Debiased linear CKA, mean over space (gap), n = {n} test images, mean over pairs "
             "of networks; expected value for unrelated features 0.",
             synthetic=config.is_synthetic,
         )
@@ -205,7 +205,8 @@ def pca_figure(config, models: dict, images: torch.Tensor, ids: list[str]):
         ],
         images.numpy(),
         ids,
-        caption=f"Test images; models of seed {config.seeds[0]}; pairs at matched relative depth.",
+        caption=f"Test images; models of seed {config.seeds[0]}; pairs at matched relative "
+        "depth among the sites that have a map.",
         synthetic=config.is_synthetic,
     )
 
@@ -301,9 +302,12 @@ Commit {git_commit()}; settings in `config.yaml`, versions and machine in `envir
 Each number is a mean over site pairs at matched relative depth (`depth.csv`; every site pair is in `pairs.csv`).
 *Similarity*: trained against trained, mean and range over all pairs of seeds. *Null 95 %*: what permuted images reach
 in one case of twenty ({config.permutations} permutations, first pair of networks). *Floor*: the untrained twins.
-*Ceiling*: geometric mean of each architecture's own seed-to-seed similarity. *u* = (similarity − floor) / (ceiling −
-floor). *Verdict*: below chance, at floor (u < 0.1), partial, at ceiling (u ≥ 0.9). The biased linear CKA is shown only
-to be read beside its null. The range over seeds is no confidence interval over images.
+*Ceiling*: geometric mean of each architecture's own seed-to-seed similarity.
+*u* = (similarity − floor) / (ceiling − floor). *Verdict*: below chance (not above the
+null's 95 % point), below floor (u < −0.1), at floor (u < 0.1), partial, at ceiling (u ≥ 0.9), above ceiling (u > 1.1).
+Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over other pairs than
+those of `gap`. The biased linear CKA is shown only to be read beside its null.
+The range over seeds is no confidence interval over images.
 
 ## The task (mean over test images, at {config.image_size} px; intervals in `test_summary.csv`)
 {markdown_table(("model", "seed", "IoU", "Dice", "pixel accuracy", "thresholded Jaccard"), task_rows)}

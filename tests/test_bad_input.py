@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import experiments
 import train as training
+import utils
 from models import ModelSpec, build_model, save_model
 from utils import HOME
 
@@ -235,3 +237,40 @@ def test_real_processes_end_with_code_two_and_one_line(line, words, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(words)
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--policies", '{"gap": ["linear_cka"], "grid:four": ["linear_cka"]}'], "unknown policy 'grid:four'"),
+        (["--policies", '{"gap": ["linear_cka"], "tokens": ["linear_cka"]}'], "cannot be compared between models"),
+        (["--policies", '{"gap": ["linear_cka"], "grid:32": ["linear_cka"]}'], "finer than the models' maps"),
+        (["--permutations", "0"], "permutations must be at least 1"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--seeds", "[-1,0]"], "seeds must be different numbers from 0 up"),
+        (["--limits", '{"test": 3}'], "3 test images: at least 4"),
+        (["--epochs", "abc"], "epochs"),
+    ],
+)
+def test_a_study_is_refused_before_anything_is_trained(tmp_path, synthetic_root, capsys, arguments, sentence):
+    smoke = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
+    with pytest.raises(SystemExit) as caught, utils.sentences_instead_of_tracebacks():
+        experiments.main(
+            ["--config", str(smoke), "--data", str(synthetic_root), "--out", str(tmp_path / "out"), *arguments]
+        )
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and sentence in printed.err and "Traceback" not in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_place_that_is_a_file_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(utils.InputError, match="cannot be written"):
+        utils.open_run(tmp_path / "file" / "run", {"a": 1}, torch.device("cpu"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_stopping_by_hand_is_one_line_and_code_130(capsys):
+    with pytest.raises(SystemExit) as caught, utils.sentences_instead_of_tracebacks():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130 and "the same command goes on" in capsys.readouterr().err

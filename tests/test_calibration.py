@@ -214,12 +214,14 @@ def test_position_is_zero_at_the_floor_and_one_at_the_ceiling():
         (0.06, 0.5, 0.06, "below chance"),
         (0.05, math.nan, 0.06, "below chance"),
         (0.5, math.nan, 0.06, "no scale"),
-        (0.5, -0.3, 0.06, "at floor"),
+        (0.5, -0.3, 0.06, "below floor"),
+        (0.5, -0.1, 0.06, "at floor"),
         (0.5, 0.0999, 0.06, "at floor"),
         (0.5, 0.1, 0.06, "partial"),
         (0.5, 0.8999, 0.06, "partial"),
         (0.5, 0.9, 0.06, "at ceiling"),
-        (0.5, 1.7, 0.06, "at ceiling"),
+        (0.5, 1.1, 0.06, "at ceiling"),
+        (0.5, 1.7, 0.06, "above ceiling"),
     ],
 )
 def test_the_word_follows_from_the_null_and_the_position(similarity, u, null_high, expected):

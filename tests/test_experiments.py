@@ -129,10 +129,9 @@ def test_other_images_and_presets_get_folders_of_their_own(data, presets, expect
 def test_a_hostile_yaml_is_refused_and_not_executed(tmp_path, capsys, tag):
     victim = tmp_path / "executed"
     (tmp_path / "gift.yaml").write_text(f"data: {tag.format(victim=victim)}\n")
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(InputError, match="could not determine a constructor"):
         experiments.main(["--config", str(tmp_path / "gift.yaml")])
-    assert caught.value.code == 2 and not victim.exists()
-    assert "could not determine a constructor" in capsys.readouterr().err
+    assert not victim.exists()
 
 
 def test_a_hostile_stored_config_is_not_executed(tmp_path):
@@ -141,7 +140,7 @@ def test_a_hostile_stored_config_is_not_executed(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(f'a: !!python/object/apply:os.system ["touch {victim}"]\n')
     from utils import open_run
 
-    with pytest.raises((InputError, yaml.YAMLError)):
+    with pytest.raises(InputError, match="no readable YAML"):
         open_run(tmp_path / "run", {"a": 1}, torch.device("cpu"))
     assert not victim.exists()
 

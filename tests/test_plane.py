@@ -221,5 +221,5 @@ def test_the_tidy_table_has_one_row_a_pair_and_says_how_it_was_made():
 
 
 def test_misspelt_options_are_not_swallowed():
-    with pytest.raises(TypeError, match="debias"):
+    with pytest.raises(ValueError, match="linear_cka has no option 'debias'; it has debiased"):
         plane("linear_cka", made({"a": gaussian(9, 3)}), debias=True)

@@ -303,7 +303,8 @@ Each number is a mean over site pairs at matched relative depth (`depth.csv`; ev
 *Similarity*: trained against trained, mean and range over all pairs of seeds. *Null 95 %*: what permuted images reach
 in one case of twenty ({config.permutations} permutations, first pair of networks). *Floor*: the untrained twins.
 *Ceiling*: geometric mean of each architecture's own seed-to-seed similarity.
-*u* = (similarity − floor) / (ceiling − floor). *Verdict*: below chance (not above the
+*u* = (similarity − floor) / (ceiling − floor).
+*Verdict*: below chance (not above the
 null's 95 % point), below floor (u < −0.1), at floor (u < 0.1), partial, at ceiling (u ≥ 0.9), above ceiling (u > 1.1).
 Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over other pairs than
 those of `gap`. The biased linear CKA is shown only to be read beside its null.

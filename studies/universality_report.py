@@ -304,10 +304,10 @@ Each number is a mean over site pairs at matched relative depth (`depth.csv`; ev
 in one case of twenty ({config.permutations} permutations, first pair of networks). *Floor*: the untrained twins.
 *Ceiling*: geometric mean of each architecture's own seed-to-seed similarity.
 *u* = (similarity − floor) / (ceiling − floor).
-*Verdict*: below chance (not above the
-null's 95 % point), below floor (u < −0.1), at floor (u < 0.1), partial, at ceiling (u ≥ 0.9), above ceiling (u > 1.1).
-Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over other pairs than
-those of `gap`. The biased linear CKA is shown only to be read beside its null.
+*Verdict*: below chance (not above the null's 95 % point), below floor (u < −0.1), at floor (u < 0.1), partial,
+at ceiling (u ≥ 0.9), above ceiling (u > 1.1).
+Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over other pairs
+than those of `gap`. The biased linear CKA is shown only to be read beside its null.
 The range over seeds is no confidence interval over images.
 
 ## The task (mean over test images, at {config.image_size} px; intervals in `test_summary.csv`)

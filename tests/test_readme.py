@@ -41,6 +41,27 @@ def test_the_table_is_that_of_the_committed_results():
     assert table == expected
 
 
+def test_the_sentence_on_real_images_is_that_of_the_committed_table():
+    table = pd.read_csv(PROJECT / "results" / "universality-isic2018_256" / "summary.csv").set_index(
+        ["part", "estimator", "policy"]
+    )
+    encoder, decoder = (table.loc[part, "linear_cka", "gap"] for part in ("encoder", "decoder"))
+    words = " ".join(README.split())
+    assert f"encoders came {encoder.u * 100:.0f} % of the way" in words and f"CKA {encoder.similarity:.2f})" in words
+    assert f"decoders {decoder.u * 100:.0f} % ({decoder.similarity:.2f})" in words
+    below = table[table.verdict == "below floor"].reset_index()
+    assert set(zip(below.part, below.estimator)) == {("decoder", "rsa"), ("decoder", "svcca")}
+
+
+def test_no_picture_of_a_photograph_is_committed():
+    listed = subprocess.run(["git", "ls-files", "results"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert not [
+        name
+        for name in listed.stdout.split()
+        if "universality-" in name and name.endswith(("pca.png", "predictions.png"))
+    ]
+
+
 def test_the_committed_results_are_those_of_the_demo_settings():
     """So that the first command of a fresh clone goes on instead of being refused."""
     config = universality.settle(experiments.load_config("universality"))

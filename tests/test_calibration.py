@@ -21,15 +21,6 @@ from similarity.calibration import (
 from similarity.measures import MEASURES, NotComputable
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices this small only wait for a second thread, and for long when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def made(features, ids=None, policy="gap"):
     features = {name: torch.as_tensor(np.asarray(tensor), dtype=torch.float32) for name, tensor in features.items()}
     count = len(next(iter(features.values())))

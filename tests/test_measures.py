@@ -45,15 +45,6 @@ FLAVOURS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices this small only wait for a second thread, and for long when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def flavour_name(value):
     return getattr(value, "__name__", None) or " ".join(f"{k}={v}" for k, v in value.items()) or "defaults"
 

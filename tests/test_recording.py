@@ -21,15 +21,6 @@ EMBEDDER = f"{DECODER}.mask_predictor.mask_embedder.2"
 QUERIES = ("query", "batch", "channel")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices this small only wait for a second thread, and for long when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images_of(count, side=64, seed=0):
     """Pictures with large and small structure, in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)

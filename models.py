@@ -69,6 +69,7 @@ _KNOWN_HUB_CONFIGS = {
 }
 TITLES = {"unetpp": "UNet++", "mask2former": "Mask2Former"}
 LABELS = {0: "background", 1: "lesion"}
+LESION = 1  # its label among Mask2Former's classes
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,20 @@ def build_model(spec: ModelSpec, seed: int = 0) -> nn.Module:
 def _dress(model: nn.Module, spec: ModelSpec) -> nn.Module:
     model.spec = spec
     model.input_normalization = NORMALIZATIONS[spec.normalization]
-    model.recording_key = spec.normalization  # no part of the weights, but of what the sites compute
+    model.recording_key = _recording_key(spec)
     model.register_forward_pre_hook(normalize_input, with_kwargs=True)
     model.default_sites = functools.partial(model_sites.default_sites, model)
     model.declare_site = functools.partial(model_sites.declare_site, model)
+    if spec.name == "mask2former":
+        model.query_weights = functools.partial(query_weights, answer=spec.answer)
     for role in spec.freeze:
         freeze(model, role)
     return model
+
+
+def _recording_key(spec: ModelSpec) -> str:
+    """What recordings of equal weights differ by: the input's normalisation, and the answer that weights queries."""
+    return spec.normalization if spec.answer == "semantic" else f"{spec.normalization} {spec.answer}"
 
 
 def normalize_input(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -338,12 +346,30 @@ def _semantic_log_odds(output) -> Tensor:
     return (lesion - background)[:, None]
 
 
-def _one_query(output, answer: str) -> Tensor:
-    query = int(answer.partition(":")[2])
+def query_weights(output, answer: str = "semantic") -> Tensor:
+    """Each query's share in the lesion, from Mask2Former's output (of its last layer): (batch, query), not normalised.
+
+    p_q(lesion) times the mean over pixels of σ(mask_q): what query q adds to the semantic inference of
+    `lesion_logits`. With `answer='query:k'` the k-th query is the whole answer, so the k-th weight is 1, the others 0.
+    """
     masks = output.masks_queries_logits
+    if answer != "semantic":
+        chosen = _query_number(masks, answer)
+        return F.one_hot(torch.full((len(masks),), chosen, device=masks.device), masks.shape[1]).float()
+    classes = output.class_queries_logits.float().softmax(-1)  # over the labels and 'no object'
+    return classes[..., LESION] * masks.float().sigmoid().mean((2, 3))
+
+
+def _one_query(output, answer: str) -> Tensor:
+    masks = output.masks_queries_logits
+    return masks[:, _query_number(masks, answer), None]
+
+
+def _query_number(masks: Tensor, answer: str) -> int:
+    query = int(answer.partition(":")[2])
     if query >= masks.shape[1]:
         raise InputError(f"answer {answer!r}: the model has {masks.shape[1]} queries, numbered from 0")
-    return masks[:, query, None]
+    return query
 
 
 def set_loss(model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from similarity.cells import pair_route, prepare_all
 from similarity.measures import FewImages, NotComputable, lookup
-from similarity.plane import Plane, choose_route, match_rows, prepare_all
+from similarity.plane import Plane, match_rows, matrices, rows_an_image
 from similarity.recording import Recording
 
 
@@ -117,21 +118,25 @@ def permutation_null(
     """Null of each pair and of their mean: the images of B are permuted, one permutation for all pairs.
 
     Returns one row a pair and a last one ('mean', 'mean'): observed, null_mean, null_high (95 % point), p_value =
-    (1 + #{null ≥ observed}) / (1 + permutations). Policies with several rows an image permute whole images.
+    (1 + #{null ≥ observed}) / (1 + permutations); of a distance, small values count: null_high is the 5 % point and
+    p_value counts null ≤ observed. Policies with several rows an image permute whole images.
     Pairs with a site on which the measure cannot be computed are left out of the mean and NaN in the table.
     """
     B = match_rows(A, B)
-    route = choose_route(lookup(measure, options), A, B, options)
-    left, _ = prepare_all(route, _only(A, {a for a, _ in pairs}))
-    right, _ = prepare_all(route, _only(B, {b for _, b in pairs}))
+    known = lookup(measure, options)
+    if measure == "linear_regression_r2":
+        options = {"rows_per_image": rows_an_image(A)} | options
+    X, Y = matrices(_only(A, {a for a, _ in pairs})), matrices(_only(B, {b for _, b in pairs}))
+    route = pair_route(known, X, Y, options)
+    left, right = prepare_all(route.prepare, X)[0], prepare_all(route.prepare, Y)[0]
     usable = [(a, b) for a, b in pairs if a in left and b in right]
     if not usable:
         raise NotComputable(f"no pair of sites allows {measure}")
     generator = np.random.default_rng(seed)
-    rows_an_image = len(A.matrix(A.names[0])) // len(A)
+    positions = rows_an_image(A)
 
     def scores(order: np.ndarray) -> np.ndarray:
-        rows = torch.as_tensor((order[:, None] * rows_an_image + np.arange(rows_an_image)).ravel())
+        rows = torch.as_tensor((order[:, None] * positions + np.arange(positions)).ravel())
         permuted = {name: route.permute(side, rows) for name, side in right.items()}
         each = np.array([route.combine(left[a], permuted[b]) for a, b in usable])
         return np.append(each, each.mean())
@@ -141,12 +146,13 @@ def permutation_null(
         observed = scores(np.arange(len(A)))
         null = np.stack([scores(generator.permutation(len(A))) for _ in range(permutations)])
     keys = pd.MultiIndex.from_tuples([*usable, ("mean", "mean")], names=["site_a", "site_b"])
+    # equality up to rounding counts as reaching the observed value
+    reached = null <= observed + 1e-12 if known.distance else null >= observed - 1e-12
     columns = {
         "observed": observed,
         "null_mean": null.mean(0),
-        "null_high": np.quantile(null, 0.95, axis=0),
-        # equality up to rounding counts as reaching the observed value
-        "p_value": (1 + (null >= observed - 1e-12).sum(0)) / (1 + permutations),
+        "null_high": np.quantile(null, 0.05 if known.distance else 0.95, axis=0),
+        "p_value": (1 + reached.sum(0)) / (1 + permutations),
     }
     return pd.DataFrame(columns, index=keys).reindex([*pairs, ("mean", "mean")]).reset_index()
 

@@ -5,7 +5,7 @@ The holder keeps what each site emitted in one forward pass; what is kept of it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -161,6 +161,17 @@ def run_quietly(model: nn.Module, images: Tensor, forward=None) -> None:
         images = images.to(parameter.device, parameter.dtype if images.is_floating_point() else images.dtype)
     with _evaluating(model), torch.no_grad():
         model(images) if forward is None else forward(model, images)
+
+
+@contextmanager
+def outputs_of(model: nn.Module) -> Iterator[list]:
+    """What the model itself returns within the block, one entry a call; the hook is removed however the block ends."""
+    outputs: list = []
+    handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 @contextmanager

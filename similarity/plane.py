@@ -1,13 +1,11 @@
-"""A measure over all sites × sites of two recordings at once; per-site work is done once.
+"""A measure over all sites × sites of two recordings at once: rows matched by image id, a labelled table out.
 
-Rows are matched by image id, whatever the order in which the two recordings saw the images.
+Rows are matched by image id, whatever the order in which the two recordings saw the images. How the cells are
+computed is the subject of `cells`.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,8 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from similarity import measures, moments
-from similarity.measures import MEASURES, FewImages, Measure, NotComputable
+from similarity import cells, measures
+from similarity.measures import MEASURES, Measure
+from similarity.policies import canonical
 from similarity.recording import Recording
 
 
@@ -58,82 +57,52 @@ class Plane:
         )
 
 
-def plane(measure: str | Callable[..., float], A: Recording, B: Recording | None = None, **options) -> Plane:
+def plane(
+    measure: str | Callable[..., float],
+    A: Recording,
+    B: Recording | None = None,
+    *,
+    device: torch.device | str | None = None,
+    **options,
+) -> Plane | list[Plane]:
     """`measure` between every site of A and every site of B (default: A with itself).
 
     measure : a name in `measures.MEASURES`, one of its functions, or any f(X, Y) -> float
-    options : passed to the measure, e.g. debiased=False
+    device : where to compute, such as 'cuda'; default: where the recordings' features are
+    options : passed to the measure, e.g. debiased=False; several `fraction`s of rbf_cka give a list of planes
     Sites that are constant, or too small for the measure, give NaN and a note, never a number. Recordings of
     different images, or under different policies, raise ValueError.
     """
     B = A if B is None else B
     B = match_rows(A, B)
     name, known = _known(measure, options)
+    left = matrices(A, device)
+    right = left if B is A else matrices(B, next(iter(left.values())).device)
+
+    def made(options: dict, values: np.ndarray, notes: dict) -> Plane:
+        return Plane(values, A.names, B.names, name, options, A.policy, len(A), notes)
+
     if known is None:
-        values, notes = _every_pair(measure, _matrices(A), _matrices(B), options)
-    else:
-        values, notes = _shared(choose_route(known, A, B, options), A, B)
-    return Plane(values, A.names, B.names, name, options, A.policy, len(A), notes)
-
-
-@dataclass(frozen=True)
-class Route:
-    """How a plane is computed: what each site prepares once, and what makes a number of two of them.
-
-    prepare(X, side) ; combine(left, right) -> float ; permute(prepared, rows) is prepare of the permuted rows
-    gemm : combine is the inner product of matrices, so that all pairs are one product
-    """
-
-    prepare: Callable
-    combine: Callable
-    permute: Callable
-    gemm: bool
-
-
-def choose_route(known: Measure, A: Recording, B: Recording, options: dict) -> Route:
-    """Feature space for linear CKA when it is cheaper, else the measure's own preparation."""
-    if known.name == "linear_cka" and _features_are_cheaper(A, B):
-        return Route(
-            lambda X, side: moments.FeatureSide(X, side, **options),
-            moments.FeatureSide.cka,
-            moments.FeatureSide.permuted,
-            gemm=False,
-        )
-    return Route(
-        lambda X, side: known.prepare(measures.as_matrix(X, side), side=side, **options),
-        known.combine,
-        _permute,
-        known.gram,
-    )
-
-
-def _permute(side: Tensor | tuple, rows: Tensor) -> Tensor | tuple:
-    if isinstance(side, Tensor):  # images × images
-        return side[rows][:, rows]
-    basis, *rest = side
-    return (basis[rows], *rest)
+        return made(options, *cells.every_pair(measure, left, right, options))
+    if name == "linear_regression_r2" and "rows_per_image" not in options:
+        options = options | {"rows_per_image": rows_an_image(A)}
+    if name == "rbf_cka" and measures.is_several(options.get("fraction", 1.0)):
+        planes = cells.rbf_planes(left, right, options)
+        return [made(options | {"fraction": one}, *each) for one, each in zip(options["fraction"], planes)]
+    return made(options, *cells.compute(known, left, right, options))
 
 
 def _known(measure: str | Callable, options: dict) -> tuple[str, Measure | None]:
     if isinstance(measure, str):
-        return measure, _with_options(measure, options)
+        return measure, measures.lookup(measure, options)
     name = getattr(measure, "__name__", repr(measure))
     ours = name in MEASURES and getattr(measures, name) is measure
-    return name, _with_options(name, options) if ours else None
-
-
-def _with_options(name: str, options: dict) -> Measure:
-    known = measures.lookup(name, options)
-    allowed = [option for option in inspect.signature(getattr(measures, name)).parameters if option not in ("X", "Y")]
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(allowed)}")
-    return known
+    return name, measures.lookup(name, options) if ours else None
 
 
 def match_rows(A: Recording, B: Recording) -> Recording:
     """B with its rows in A's order."""
-    if A.policy != B.policy:
+    if canonical(A.policy) != canonical(B.policy):
         raise ValueError(f"A was recorded with policy {A.policy!r} and B with {B.policy!r}; record both alike")
     only_a, only_b = set(A.ids) - set(B.ids), set(B.ids) - set(A.ids)
     if only_a or only_b:
@@ -157,66 +126,12 @@ def _refuse_unequal_rows(A: Recording, B: Recording) -> None:
         )
 
 
-def _matrices(recording: Recording) -> dict[str, Tensor]:
-    return {name: recording.matrix(name) for name in recording.names}
+def matrices(recording: Recording, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """{site: (rows, features)}."""
+    found = {name: recording.matrix(name) for name in recording.names}
+    return found if device is None else {name: X.to(device) for name, X in found.items()}
 
 
-def _features_are_cheaper(A: Recording, B: Recording) -> bool:
-    """Grams cost rows² a site; feature space costs p·q a pair. The rule compares the memory of one of each."""
-    rows = len(A.matrix(A.names[0]))
-    widest = max(recording.matrix(name).shape[1] for recording in (A, B) for name in recording.names)
-    return rows > 2 * widest
-
-
-def _shared(route: Route, A: Recording, B: Recording):
-    """Prepare each site once, then combine: by one GEMM when combining is an inner product."""
-    left, left_notes = prepare_all(route, A)
-    right, right_notes = (left, left_notes) if B is A else prepare_all(route, B)
-    values = np.full((len(A.names), len(B.names)), np.nan)
-    i, j = ([k for k, name in enumerate(r.names) if name in side] for r, side in ((A, left), (B, right)))
-    if route.gemm and left and right:
-        values[np.ix_(i, j)] = _inner_products(list(left.values()), list(right.values()))
-    notes = {
-        (a, b): left_notes.get(a) or right_notes[b]
-        for a in A.names
-        for b in B.names
-        if a in left_notes or b in right_notes
-    }
-    if not route.gemm:
-        for (row, (a, x)), (column, (b, y)) in itertools.product(zip(i, left.items()), zip(j, right.items())):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", FewImages)
-                values[row, column] = route.combine(x, y)
-            if caught:
-                notes[a, b] = str(caught[0].message)
-    return values, notes
-
-
-def prepare_all(route: Route, recording: Recording) -> tuple[dict, dict[str, str]]:
-    """({site: prepared}, {site: why it allows no number})."""
-    ready, notes = {}, {}
-    for name in recording.names:
-        try:
-            ready[name] = route.prepare(recording.matrix(name), name)
-        except NotComputable as reason:
-            notes[name] = str(reason)
-    return ready, notes
-
-
-def _inner_products(left: list[Tensor], right: list[Tensor]) -> np.ndarray:
-    """All ⟨left_i, right_j⟩ of (n, n) matrices, as one matrix product."""
-    stack_a = torch.stack([matrix.flatten() for matrix in left])
-    stack_b = stack_a if right is left else torch.stack([matrix.flatten() for matrix in right])
-    return (stack_a @ stack_b.T).cpu().numpy()
-
-
-def _every_pair(function: Callable, rows: dict[str, Tensor], columns: dict[str, Tensor], options: dict):
-    """The plain route for a measure of the caller's own."""
-    values, notes = np.full((len(rows), len(columns)), np.nan), {}
-    for i, (a, X) in enumerate(rows.items()):
-        for j, (b, Y) in enumerate(columns.items()):
-            try:
-                values[i, j] = function(X, Y, **options)
-            except NotComputable as reason:
-                notes[a, b] = str(reason)
-    return values, notes
+def rows_an_image(recording: Recording) -> int:
+    """1, or positions an image under policies that make rows of them."""
+    return len(recording.matrix(recording.names[0])) // len(recording)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +17,10 @@ POLICIES = {
     "flat:g": "area-resized to g × g cells, all of them features of the image: (n, g·g·channel)",
     "tokens": "every position, token or query is a row: (n, position, channel)",
     "map": "the full map: (n, channel, height, width); memory grows with it",
+    "mean": "the same as gap, by the name that queries give it: (n, channel)",
+    "mask": "mean over queries weighted by their share in the model's own answer, elsewhere as gap: (n, channel)",
 }
+_AVERAGES = ("gap", "mean", "mask")  # one row of channels an image, at any site
 
 
 def parse_policy(policy: str) -> tuple[str, int]:
@@ -29,6 +35,16 @@ def parse_policy(policy: str) -> tuple[str, int]:
     return kind, int(cells or 0)
 
 
+def canonical(policy: str) -> str:
+    """One name a policy: 'mean' is 'gap'. Recordings under policies of one canonical name may be compared."""
+    return "gap" if policy == "mean" else policy
+
+
+def weighs_queries(site: Site, policy: str) -> bool:
+    """Whether the rows of this site are only known once the model has answered."""
+    return policy == "mask" and "query" in site.axes
+
+
 def unfit(site: Site, policy: str, image_size: tuple[int, int]) -> str:
     """Why the policy is not defined at this site (listed, so with its shape), for a message; '' where it is.
 
@@ -36,7 +52,7 @@ def unfit(site: Site, policy: str, image_size: tuple[int, int]) -> str:
     would repeat its cells as rows, which no estimator that counts rows may see.
     """
     kind, cells = parse_policy(policy)
-    if kind in ("gap", "tokens"):
+    if kind == "tokens" or kind in _AVERAGES:
         return ""
     if not site.spatial:
         return f"policy {policy!r} needs space, and site {site.name!r} has axes {site.axes}; use 'gap'"
@@ -55,23 +71,80 @@ def map_size(site: Site, image_size: tuple[int, int]) -> tuple[int, int]:
     return tuple(-(-side // min(site.strides)) for side in image_size)
 
 
-def reduce(tensor: Tensor, site: Site, policy: str, image_size: tuple[int, int]) -> Tensor:
+def row_shape(site: Site, policy: str, image_size: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of one image's row at a listed site that the policy fits."""
+    if not site.shape:
+        raise ValueError(f"site {site.name!r} has no shape yet; list it first, with `list_sites`")
+    kind, cells = parse_policy(policy)
+    sizes = dict(zip((axis for axis in site.axes if axis != "batch"), site.shape))
+    channels = sizes.pop("channel")
+    if kind in _AVERAGES:
+        return (channels,)
+    if kind == "tokens":
+        return (math.prod(sizes.values()), channels)
+    if kind == "map":
+        return (channels, *map_size(site, image_size))
+    return (cells * cells, channels) if kind == "grid" else (cells * cells * channels,)
+
+
+def estimate_bytes(
+    sites: Iterable[Site], policies: Sequence[str], image_size: tuple[int, int], images: int, *, itemsize: int = 4
+) -> int:
+    """Bytes of the rows that recordings of listed sites keep; where a policy is unfit for a site there are none.
+
+    `itemsize` is that of a number: 4, or 8 for sites that compute in float64.
+    """
+    pairs = [(site, policy) for site in sites for policy in policies if not unfit(site, policy, image_size)]
+    return images * itemsize * sum(math.prod(row_shape(site, policy, image_size)) for site, policy in pairs)
+
+
+def reduce(
+    tensor: Tensor, site: Site, policy: str, image_size: tuple[int, int], weights: Tensor | None = None
+) -> Tensor:
     """One batch of a site's activations, reduced: (batch, channel), (batch, position, channel) or full maps.
 
-    `image_size` is (height, width) of the model's input in pixels; tokens find their places by it and their strides.
+    image_size : (height, width) of the model's input in pixels; tokens find their places by it and their strides
+    weights : (batch, query), each row summing to 1; needed by 'mask' at a site with queries, see `weighs_queries`
+
     Computed in at least float32.
     """
     kind, cells = parse_policy(policy)
-    tensor = tensor.detach()
-    tensor = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    if kind in ("gap", "tokens"):
+    if weighs_queries(site, policy):
+        if weights is None:
+            raise ValueError(f"policy 'mask' needs the weights of the queries at site {site.name!r}; none were given")
+        return weigh(query_rows(tensor, site), weights, site)
+    tensor = _precise(tensor)
+    if kind == "tokens" or kind in _AVERAGES:
         rows = _positions(tensor, site)
-        return rows.mean(1) if kind == "gap" else rows
+        return rows if kind == "tokens" else rows.mean(1)
     maps = to_map(tensor, site, image_size)
     if kind == "map":
         return maps
     grid = F.adaptive_avg_pool2d(maps, cells).flatten(2).transpose(1, 2)
     return grid if kind == "grid" else grid.flatten(1)
+
+
+def query_rows(tensor: Tensor, site: Site) -> Tensor:
+    """(batch, query, channel), the mean over any position beside the queries; in at least float32."""
+    places = [i for i, axis in enumerate(site.axes) if axis not in ("batch", "query", "channel")]
+    order = [*(site.axes.index(axis) for axis in ("batch", "query")), *places, site.axes.index("channel")]
+    tensor = _precise(tensor).permute(order)
+    return tensor.mean(tuple(range(2, 2 + len(places)))) if places else tensor
+
+
+def weigh(rows: Tensor, weights: Tensor, site: Site) -> Tensor:
+    """(batch, query, channel) and weights (batch, query), each row of them summing to 1 -> (batch, channel)."""
+    if weights.shape != rows.shape[:2]:
+        raise ValueError(
+            f"site {site.name!r} has {rows.shape[1]} queries for each of {rows.shape[0]} images, and the model weights "
+            f"{weights.shape[1]} for each of {weights.shape[0]}; take the site out, or record it under 'gap'"
+        )
+    return (weights.to(rows)[..., None] * rows).sum(1)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _positions(tensor: Tensor, site: Site) -> Tensor:

@@ -1,7 +1,8 @@
 """Recording: run models over a loader once and keep, for every site and image id, what the site computed.
 
 Each activation is reduced on its device the moment it fires (see `POLICIES`), so memory is images × pooled size.
-Rows carry image ids; two recordings are only ever matched by id. This room compares nothing: see `plane`.
+Rows carry image ids; two recordings are only ever matched by id. This room compares nothing: see `plane`. What
+several processes recorded is put together in `merging`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from similarity.hooks import Listener, check_batch, list_sites, run_quietly
-from similarity.policies import parse_policy, reduce, unfit
+from similarity import memory
+from similarity.policies import estimate_bytes
+from similarity.reading import Reader, check_query_weights, open_reader
 from similarity.sites import Site, resolve_sites
 
 FORMAT = "1"
@@ -35,6 +39,7 @@ class Recording:
     sites : the Site of every feature, in execution order
     policy : how space was reduced, one of `POLICIES`
     model_hash, data_hash : of the weights, and of the images (or as given by the caller)
+    image_hashes : one per id, where data_hash was computed from the images; None where the caller gave it
     """
 
     features: dict[str, Tensor]
@@ -43,11 +48,14 @@ class Recording:
     policy: str
     model_hash: str
     data_hash: str
+    image_hashes: list[str] | None = None
 
     def __post_init__(self):
         repeated = len(self.ids) - len(set(self.ids))
         if repeated:
             raise ValueError(f"{repeated} image ids come twice in a recording; every image has one row")
+        if self.image_hashes is not None and len(self.image_hashes) != len(self.ids):
+            raise ValueError(f"a recording has {len(self.image_hashes)} image hashes for {len(self.ids)} image ids")
         for name, tensor in self.features.items():
             if len(tensor) != len(self.ids):
                 raise ValueError(f"site {name!r} has {len(tensor)} rows for {len(self.ids)} image ids")
@@ -79,15 +87,16 @@ class Recording:
         if not sites:
             raise ValueError(f"no site of part {part!r} was recorded; parts: {sorted({s.part for s in self.sites})}")
         features = {site.name: self.features[site.name] for site in sites}
+        kept, hashes = self.ids, self.image_hashes
         if ids is not None:
             place = {image: row for row, image in enumerate(self.ids)}
             absent = [image for image in ids if image not in place]
             if absent:
                 raise ValueError(f"{len(absent)} ids were not recorded, first {absent[0]!r}")
-            rows = torch.tensor([place[image] for image in ids])
-            features = {name: tensor[rows] for name, tensor in features.items()}
-        kept = self.ids if ids is None else list(ids)
-        return Recording(features, kept, sites, self.policy, self.model_hash, self.data_hash)
+            kept, rows = list(ids), [place[image] for image in ids]
+            hashes = None if hashes is None else [hashes[row] for row in rows]
+            features = {name: tensor[torch.tensor(rows)] for name, tensor in features.items()}
+        return Recording(features, kept, sites, self.policy, self.model_hash, self.data_hash, hashes)
 
     def save(self, path: Path) -> None:
         """Write as safetensors (atomically); axes, ids, policy and hashes are its metadata."""
@@ -101,6 +110,8 @@ class Recording:
             "model_hash": self.model_hash,
             "data_hash": self.data_hash,
         }
+        if self.image_hashes is not None:
+            metadata["image_hashes"] = json.dumps(self.image_hashes)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two processes may be recording the same
         save_file({name: tensor.contiguous() for name, tensor in self.features.items()}, temporary, metadata)
         temporary.replace(path)
@@ -130,6 +141,7 @@ class Recording:
             metadata["policy"],
             metadata["model_hash"],
             metadata["data_hash"],
+            json.loads(metadata["image_hashes"]) if "image_hashes" in metadata else None,
         )
 
 
@@ -147,7 +159,7 @@ def record(
     loader : batches with `.image` and `.id`, or {"image", "id"}, or (images, ids)
     sites : names, Site objects, or {name: axes}; default: the sites the model declares, else every module whose
         layout PyTorch's contract fixes, that the policy can be used on
-    policy : one of `POLICIES`
+    policy : one of `POLICIES`; under 'mask' a model with queries says how it weights them, see `Reader`
     forward : called as forward(model, images); default model(images)
     data_hash : stored with the recording; default: the digest of the ids and images seen
     """
@@ -162,79 +174,112 @@ def record_models(
     forward: Callable[[nn.Module, Tensor], object] | None = None,
     data_hash: str | None = None,
 ) -> dict[str, dict[str, Recording]]:
-    """Record several models under several policies over one pass of the data: {model name: {policy: Recording}}."""
-    for policy in policies:
-        parse_policy(policy)
-    wanted = {name: resolve_sites(model, (sites or {}).get(name)) for name, model in models.items()}
-    given = {name: (sites or {}).get(name) is not None for name in models}
-    books: dict[str, _Book] = {}
+    """Record several models under several policies over one pass of the data: {model name: {policy: Recording}}.
+
+    What will be kept is said on stderr before anything is; more than the memory at hand is refused.
+    """
+    sites = sites or {}
+    given = {name: sites.get(name) is not None for name in models}
+    wanted = {name: resolve_sites(model, sites.get(name)) for name, model in models.items()}
+    for name, model in models.items():
+        check_query_weights(model, wanted[name] or [], policies)
+    books: dict[str, _Book] | None = None
     ids: list[str] = []
-    hasher = _ImageHasher()
-    for batch in loader:
-        images, batch_ids = _images_and_ids(batch)
-        _refuse_repeated(ids, batch_ids)
+    hashes: list[str] = []
+    for batch in _with_bar(loader):
+        images, batch_ids = images_and_ids(batch)
+        refuse_repeated(ids, batch_ids)
         ids += batch_ids
         if data_hash is None:
-            hasher.update(images, batch_ids)
-        for name, model in models.items():
-            if name not in books:
-                listed = list_sites(model, images[:1], wanted[name], forward)
-                listed = _in_order(listed, wanted[name]) if given[name] else listed
-                books[name] = _Book(model, listed, policies, tuple(images.shape[-2:]), strict=given[name])
-            books[name].write(images, forward)
-    if not ids:
+            hashes += hash_images(images)
+        if books is None:
+            books = {
+                name: _Book(open_reader(model, images, wanted[name], policies, strict=given[name], forward=forward))
+                for name, model in models.items()
+            }
+            _announce([book.reader for book in books.values()], policies, images, *_images_to_come(loader, len(images)))
+        for book in books.values():
+            book.write(images, batch_ids)
+    if books is None:
         raise ValueError("the loader gave no batch: nothing to record")
-    data_hash = data_hash or hasher.digest()
-    return {name: book.close(ids, data_hash) for name, book in books.items()}
-
-
-def _in_order(listed: list[Site], wanted: list[Site]) -> list[Site]:
-    """Listed sites, and after them those that did not fire in the listing pass (the recording pass says why)."""
-    seen = {site.name for site in listed}
-    return listed + [site for site in wanted if site.name not in seen]
+    image_hashes = hashes if data_hash is None else None
+    data_hash = data_hash or hash_data(ids, hashes)
+    return {name: book.close(ids, data_hash, image_hashes) for name, book in books.items()}
 
 
 class _Book:
     """The rows of one model, growing batch by batch."""
 
-    def __init__(
-        self, model: nn.Module, sites: list[Site], policies: Sequence[str], size: tuple[int, int], strict: bool
-    ):
-        """Sites asked for by name (`strict`) must suit every policy; of default sites, those that do are kept."""
-        if not sites:
-            raise ValueError("no site to record: the model declares none; name them with their axes")
-        self.model, self.sites, self.policies = model, sites, policies
+    def __init__(self, reader: Reader):
+        self.reader = reader
         self.rows: dict[tuple[str, str], list[Tensor]] = {}
-        misfits = {(s.name, p): unfit(s, p, size) if s.shape else "" for s in sites for p in policies}
-        reasons = [reason for reason in misfits.values() if reason]
-        if reasons and strict:
-            raise ValueError(reasons[0])
-        self.wanted = {site.name: [p for p in policies if not misfits[site.name, p]] for site in sites}
 
-    def write(self, images: Tensor, forward) -> None:
-        size = tuple(images.shape[-2:])
+    def write(self, images: Tensor, ids: list[str]) -> None:
+        for key, rows in self.reader.read(images, ids).items():
+            self.rows.setdefault(key, []).append(rows.cpu())
 
-        def keep(site: Site, tensor: Tensor) -> dict[str, Tensor]:
-            check_batch(site, tensor, len(images))
-            return {p: reduce(tensor, site, p, size).clone() for p in self.wanted[site.name]}
-
-        with Listener(self.model, self.sites, keep) as listener:
-            run_quietly(self.model, images, forward)
-            for name, reduced in listener.take().items():
-                for policy, rows in reduced.items():
-                    self.rows.setdefault((name, policy), []).append(rows.cpu())
-
-    def close(self, ids: list[str], data_hash: str) -> dict[str, Recording]:
-        model_hash = hash_model(self.model)
+    def close(self, ids: list[str], data_hash: str, image_hashes: list[str] | None) -> dict[str, Recording]:
+        """The recordings; each site's batches are let go as they are joined, so that nothing is held twice."""
+        model_hash = hash_model(self.reader.model)
         recordings = {}
-        for policy in self.policies:
-            sites = [site for site in self.sites if (site.name, policy) in self.rows]
-            features = {site.name: torch.cat(self.rows[site.name, policy]) for site in sites}
-            recordings[policy] = Recording(features, list(ids), sites, policy, model_hash, data_hash)
+        for policy in self.reader.policies:
+            sites = [site for site in self.reader.sites if (site.name, policy) in self.rows]
+            features = {site.name: torch.cat(self.rows.pop((site.name, policy))) for site in sites}
+            hashes = None if image_hashes is None else list(image_hashes)
+            recordings[policy] = Recording(features, list(ids), sites, policy, model_hash, data_hash, hashes)
         return recordings
 
 
-def _images_and_ids(batch) -> tuple[Tensor, list[str]]:
+def _with_bar(loader: Iterable) -> Iterable:
+    """A progress bar over batches on a terminal, unless the caller has put one there."""
+    if isinstance(loader, tqdm):
+        return loader
+    return tqdm(loader, desc="recording", unit="batch", leave=False, dynamic_ncols=True, disable=None, file=sys.stderr)
+
+
+def _images_to_come(loader: Iterable, batch: int) -> tuple[int | None, bool]:
+    """(images that the loader will give, None where it does not say; whether there may be fewer).
+
+    A sampler may take fewer than all of a data set, so it is asked first.
+    """
+    for part in (getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
+        if hasattr(part, "__len__"):
+            return len(part), False
+    try:
+        return len(loader) * batch, len(loader) > 1
+    except TypeError:  # a generator, or a loader of a stream
+        return None, False
+
+
+def _announce(readers: list[Reader], policies: Sequence[str], images: Tensor, count: int | None, most: bool) -> None:
+    """One line on what will be kept; MemoryError where that is more than there is."""
+    size = tuple(images.shape[-2:])
+    listed = [(reader, [site for site in reader.sites if site.shape]) for reader in readers]
+    each = sum(estimate_bytes(s, policies, size, 1, itemsize=_itemsize(r.model, images)) for r, s in listed)
+    sites = sum(len(reader.sites) for reader in readers)
+    what = f"recording {_number(len(readers), 'model')}, {_number(sites, 'site')}"
+    under = f"under {', '.join(policies)}"
+    if count is None:
+        tqdm.write(f"{what} {under}: {memory.size(each)} an image", file=sys.stderr)
+        return
+    what = f"{what}, {'up to ' if most else ''}{_number(count, 'image')} {under}"
+    memory.refuse_more_than_available(
+        each * count, what, "use a coarser policy ('gap', or a smaller grid), fewer sites or fewer images"
+    )
+    tqdm.write(f"{what}: {memory.size(each * count)}", file=sys.stderr)
+
+
+def _itemsize(model: nn.Module, images: Tensor) -> int:
+    """Bytes of a recorded number: 8 where anything in the model, or images that it does not convert, are float64."""
+    tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()]
+    return 8 if torch.float64 in {tensor.dtype for tensor in tensors or [images]} else 4
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}" + ("" if count == 1 else "s")
+
+
+def images_and_ids(batch) -> tuple[Tensor, list[str]]:
     if hasattr(batch, "image") and hasattr(batch, "id"):
         images, ids = batch.image, batch.id
     elif isinstance(batch, Mapping) and {"image", "id"} <= set(batch):
@@ -253,25 +298,22 @@ def _images_and_ids(batch) -> tuple[Tensor, list[str]]:
     return images, ids
 
 
-def _refuse_repeated(seen: list[str], new: list[str]) -> None:
+def refuse_repeated(seen: list[str], new: list[str]) -> None:
     repeated = set(seen) & set(new) or {image for image in new if new.count(image) > 1}
     if repeated:
         raise ValueError(f"image id {sorted(repeated)[0]!r} comes twice; every image is recorded once, by its id")
 
 
-class _ImageHasher:
+def hash_images(images: Tensor) -> list[str]:
+    """SHA-256 of every image of a batch, over the bytes of its pixels."""
+    pixels = (image.flatten().view(torch.uint8).numpy() for image in images.detach().cpu().contiguous())
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]  # as bytes: numpy has no bfloat16
+
+
+def hash_data(ids: Sequence[str], image_hashes: Sequence[str]) -> str:
     """Digest of (id, image) pairs that does not depend on their order or batching."""
-
-    def __init__(self):
-        self.parts: list[str] = []
-
-    def update(self, images: Tensor, ids: list[str]) -> None:
-        for image, name in zip(images.cpu().contiguous(), ids):
-            pixels = image.flatten().view(torch.uint8).numpy().tobytes()  # as bytes: numpy has no bfloat16
-            self.parts.append(name + hashlib.sha256(pixels).hexdigest())
-
-    def digest(self) -> str:
-        return hashlib.sha256("".join(sorted(self.parts)).encode()).hexdigest()[:16]
+    parts = sorted(image + pixels for image, pixels in zip(ids, image_hashes, strict=True))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def hash_model(model: nn.Module) -> str:

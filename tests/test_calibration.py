@@ -43,7 +43,10 @@ def named(count, prefix="s"):
 @pytest.mark.parametrize("n, p", [(12, 60), (16, 16), (40, 4)], ids=["n<<p", "n=p", "n>>p"])
 def test_independent_data_are_rejected_at_the_stated_rate(name, n, p):
     """Type-I error at α = 0.05: 39 permutations make p ≤ 0.05 an event of probability exactly 2/40."""
-    options = {"variance": 0.5} if name == "svcca" else {}  # keeping all of n << p makes it 1 for any two sides
+    # all components of n <= p make canonical correlations 1 for any two sides, and 10 neighbours are most of 12
+    options = {"svcca": {"variance": 0.5}, "mutual_knn": {"k": 4}, "cknna": {"k": 7}}.get(name, {})
+    if name in ("cca", "pwcca") and n <= p:
+        pytest.skip(f"{name} of {n} images and {p} features is 1 for any two sides: test_a_saturated_measure…")
     rng = np.random.default_rng(1)
     trials, pairs_each = 12, 25
     p_values = []
@@ -64,7 +67,8 @@ def test_the_observed_value_is_the_measure_and_a_perfect_match_is_never_reached(
     table = permutation_null(name, A, B, [("a", "b"), ("a", "c")], permutations=19)
     values = plane(name, A, B).values[0]
     np.testing.assert_allclose(table["observed"], [*values, values.mean()], atol=1e-9)
-    assert table["p_value"][0] == 1 / 20
+    saturated = name in ("cca", "pwcca") and shape == (30, 40)
+    assert table["p_value"][0] == (1 if saturated else 1 / 20)
     assert table.iloc[-1][["site_a", "site_b"]].tolist() == ["mean", "mean"]
 
 
@@ -143,9 +147,10 @@ def test_an_unknown_measure_is_answered_with_the_known_ones():
 def test_a_saturated_measure_is_never_called_significant():
     """With more components than images every canonical correlation is 1, under the null as well."""
     A, B = made({"a": gaussian(12, 60)}), made({"b": gaussian(12, 60, seed=1)})
-    row = permutation_null("svcca", A, B, [("a", "b")], permutations=39, variance=1).iloc[0]
-    assert row["observed"] == pytest.approx(1) and row["null_mean"] == pytest.approx(1)
-    assert row["p_value"] == 1
+    for name, options in (("svcca", {"variance": 1}), ("cca", {}), ("pwcca", {})):
+        row = permutation_null(name, A, B, [("a", "b")], permutations=39, **options).iloc[0]
+        assert row["observed"] == pytest.approx(1) and row["null_mean"] == pytest.approx(1)
+        assert row["p_value"] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the pairs

@@ -84,11 +84,24 @@ class Small(nn.Module):
 # ------------------------------------------------------------------------------------------- the pipeline on itself
 
 
-def test_a_model_against_itself_scores_one_at_every_site_with_every_measure(recorded):
+def of_itself(name, images):
+    """What the table says a site scores with itself, at the measure's defaults."""
+    return {"1": 1, "0": 0, "(k + 1)/n": 2 / images}[measures.MEASURES[name].identical]
+
+
+def sites_for(name, recording):
+    """A regression on as many features as images does not extrapolate, not even to itself."""
+    wide = {site for site in recording.names if recording[site].shape[1] > len(recording) // 2}
+    return [site for site in recording.names if name != "linear_regression_r2" or site not in wide]
+
+
+def test_a_model_against_itself_scores_as_the_table_says_at_every_site_with_every_measure(recorded):
     for name in measures.MEASURES:
         values = plane(name, recorded, recorded).frame()
-        for site in recorded.names:
-            assert values.loc[site, site] == pytest.approx(1, abs=1e-9), (name, site)
+        for site in sites_for(name, recorded):
+            # a feature that is silent in all training images is not predicted in a held-out one
+            allowed = 0.01 if name == "linear_regression_r2" else 1e-9
+            assert values.loc[site, site] == pytest.approx(of_itself(name, 65), abs=allowed), (name, site)
 
 
 def test_one_row_per_image_id_at_every_site(recorded):
@@ -110,7 +123,12 @@ def test_batch_size_does_not_change_a_recording(model, recorded, pictures, size)
         assert (again[site] - recorded[site]).abs().max() < 1e-4 * scale, site
     for name in measures.MEASURES:
         values = plane(name, recorded, again).frame()
-        assert all(values.loc[site, site] == pytest.approx(1, abs=1e-4) for site in recorded.names)
+        # rounding may swap two neighbours that are almost equally far
+        local = ("mutual_knn", "cknna", "information_imbalance", "linear_regression_r2")
+        allowed = 0.01 if name in local else 1e-4
+        expected = of_itself(name, 65)
+        for site in sites_for(name, recorded):
+            assert values.loc[site, site] == pytest.approx(expected, abs=allowed), (name, site)
 
 
 def test_recording_twice_gives_the_same_numbers_and_leaves_the_model_as_it_was(model):
@@ -315,7 +333,7 @@ def test_a_map_smaller_than_the_grid_is_refused_because_its_cells_would_repeat_a
     assert last not in record(mask2former, batches(images_of(4)), policy="grid:4").names
 
 
-@pytest.mark.parametrize("policy", ["grid", "grid:", "grid:0", "grid:-1", "grid:x", "gap:2", "mean", ""])
+@pytest.mark.parametrize("policy", ["grid", "grid:", "grid:0", "grid:-1", "grid:x", "gap:2", "mask:2", "average", ""])
 def test_unknown_policies_are_named_before_any_pass(policy):
     with pytest.raises(ValueError, match=r"unknown policy .*; choose from gap, grid:g"):
         record(Untouchable(), batches(images_of(4)), ["conv"], policy)
@@ -418,7 +436,8 @@ def test_the_first_mask_embedding_is_constant_and_is_reported_so_never_as_a_numb
         cell = (f"{EMBEDDER}@0", EMBEDDER)
         assert result.frame().loc[cell] != result.frame().loc[cell]  # NaN
         assert "is constant: every image has the same features" in result.notes[cell]
-        assert result.frame().loc[EMBEDDER, EMBEDDER] == pytest.approx(1)
+        if name != "linear_regression_r2":  # 16 images, 32 features
+            assert result.frame().loc[EMBEDDER, EMBEDDER] == pytest.approx(of_itself(name, 16))
 
 
 # --------------------------------------------------------------------------------------------------- selecting elements

@@ -1,0 +1,99 @@
+"""Kernel (Gram) matrices between images, centred so that their inner products are HSIC estimators.
+
+K = XXᵀ or an RBF kernel; K is (n, n) with images as rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from similarity.inputs import NotComputable, centered
+
+SAME = 1e-13  # squared distances below this share of the squared norms are rounding: the two rows are identical
+
+
+def double_center(K: Tensor) -> Tensor:
+    """HKH with H = I − 11ᵀ/n: the Gram matrix of column-centred features."""
+    return K - K.mean(0, keepdim=True) - K.mean(1, keepdim=True) + K.mean()
+
+
+def u_center(K: Tensor) -> Tensor:
+    """U-centred Gram matrix, whose inner products are Song's unbiased HSIC₁ times n(n − 3).
+
+    With K̃ the matrix without its diagonal, r = K̃1/(n − 2) and g = 1ᵀK̃1/((n − 1)(n − 2)): K̃ᵢⱼ − rᵢ − rⱼ + g off the
+    diagonal, 0 on it (Song et al. 2012; Székely & Rizzo 2014).
+    """
+    n = len(K)
+    K = K - torch.diag(torch.diag(K))
+    rows = K.sum(1) / (n - 2)
+    centred = K - rows[:, None] - rows[None, :] + K.sum() / ((n - 1) * (n - 2))
+    return centred - torch.diag(torch.diag(centred))
+
+
+def unit_gram(K: Tensor, debiased: bool, side: str) -> Tensor:
+    """The centred Gram matrix with Frobenius norm 1: the inner product of two of them is CKA."""
+    centred = u_center(K) if debiased else double_center(K)
+    norm = torch.linalg.matrix_norm(centred)
+    # centring leaves rounding errors of order eps·‖K‖; below that there is no similarity structure to normalise
+    if norm <= 1e-12 * torch.linalg.matrix_norm(K):
+        raise equally_similar(side)
+    return centred / norm
+
+
+def equally_similar(side: str) -> NotComputable:
+    """What to say where centring leaves nothing."""
+    return NotComputable(f"{side}: all images are equally similar to each other, so centring leaves nothing")
+
+
+def linear_gram(X: Tensor, *, side: str, debiased: bool = True) -> Tensor:
+    """Unit-norm centred XXᵀ."""
+    X = centered(X.double())  # changes neither estimator, and keeps the products small when means are far from zero
+    return unit_gram(X @ X.T, debiased, side)
+
+
+def rbf_gram(X: Tensor, *, side: str, fraction: float = 1.0, debiased: bool = True) -> Tensor:
+    """Unit-norm centred exp(−‖xᵢ − xⱼ‖² / 2σ²), σ = fraction × the median pairwise distance of this side."""
+    check_fraction(fraction)
+    squared = squared_distances(X.double())
+    upper = torch.triu_indices(len(X), len(X), 1, device=X.device)
+    sigma = fraction * median_distance(squared[upper[0], upper[1]], side)
+    return unit_gram(torch.exp(squared / (-2 * sigma**2)), debiased, side)
+
+
+def check_fraction(fraction: float) -> None:
+    """A bandwidth is a positive share of the median distance."""
+    if not fraction > 0:
+        raise ValueError(f"fraction must be above 0 (a share of the median distance), got {fraction}")
+
+
+def squared_distances(X: Tensor) -> Tensor:
+    """‖xᵢ − xⱼ‖², (n, n), in X's precision; 0 between identical rows."""
+    X = centered(X)  # small norms, so that the difference of products loses nothing
+    return squared_to_all(X, (X**2).sum(1), slice(None))
+
+
+def squared_to_all(X: Tensor, squares: Tensor, rows: slice) -> Tensor:
+    """‖xᵢ − xⱼ‖² of some rows of centred X to all its rows, given squares = ‖xᵢ‖²."""
+    both = squares[rows, None] + squares[None, :]
+    distances = torch.addmm(both, X[rows], X.T, alpha=-2)
+    return distances.masked_fill_(distances <= SAME * both, 0.0)
+
+
+def median_distance(squared: Tensor, side: str) -> float:
+    """Median of the pairwise distances, given their squares in one vector."""
+    ordered = squared.flatten().cpu().numpy().copy()
+    middle = (len(ordered) - 1) / 2
+    low, high = math.floor(middle), math.ceil(middle)
+    ordered.partition(sorted({low, high}))
+    median = (math.sqrt(ordered[low]) + math.sqrt(ordered[high])) / 2
+    if median == 0:
+        raise NotComputable(f"{side}: more than half of the image pairs are identical, so its median distance is 0")
+    return median
+
+
+def inner(left: Tensor, right: Tensor) -> float:
+    """Σᵢⱼ leftᵢⱼ rightᵢⱼ."""
+    return float((left * right.to(left.device)).sum())

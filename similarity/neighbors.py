@@ -1,0 +1,211 @@
+"""Measures of neighbourhoods: mutual kNN, CKNNA, information imbalance.
+
+Distances are made for a block of rows at a time, so no n × n matrix is kept. They are computed in float64 and compared
+in float32: what agrees to that precision is a tie. Ties are shared, never broken by the order of the rows: the images
+tied for the last place among k neighbours divide it between them, and tied ranks are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from similarity.inputs import NotComputable, centered
+from similarity.kernels import squared_to_all
+
+BLOCK_ENTRIES = 4_000_000  # distances held at a time
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The k nearest neighbours of every image: index (n, m) and weight (n, m), rows of weights sum to k.
+
+    Without ties m = k and all weights are 1. Entries of weight 0 fill rows that have fewer tied candidates.
+    """
+
+    index: np.ndarray
+    weight: np.ndarray
+
+    def graph(self, entries: np.ndarray | None = None) -> sparse.csr_array:
+        """(n, n) with the weights, or other entries (n, m), at the neighbours."""
+        n, m = self.index.shape
+        here = self.weight > 0
+        rows = np.repeat(np.arange(n), m)[here.ravel()]
+        entries = self.weight if entries is None else entries
+        return sparse.csr_array((entries[here], (rows, self.index[here])), shape=(n, n))
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """One side: centred features X (n, p), and the k whose neighbours are asked for."""
+
+    X: Tensor
+    k: int
+
+    def permuted(self, rows: Tensor) -> Cloud:
+        """The same features with their rows in another order."""
+        return replace(self, X=self.X[rows])
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, squared distances (rows, n) in float32); an image's distance to itself is infinite."""
+        n = len(self.X)
+        step = max(1, BLOCK_ENTRIES // n)
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            distances = squared_to_all(self.X, self.squares, rows).float()
+            distances[torch.arange(rows.stop - start), torch.arange(start, rows.stop)] = torch.inf
+            yield rows, distances
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """‖xᵢ‖², (n,)."""
+        return (self.X**2).sum(1)
+
+    @cached_property
+    def nearest(self) -> Nearest:
+        """The k nearest neighbours by Euclidean distance."""
+        found = [smallest(distances, self.k) for _, distances in self.blocks()]
+        return Nearest(_stacked([part.index for part in found]), _stacked([part.weight for part in found]))
+
+    @cached_property
+    def graph(self) -> sparse.csr_array:
+        """`nearest` as a sparse matrix."""
+        return self.nearest.graph()
+
+
+def cloud(X: Tensor, *, side: str, k: int) -> Cloud:
+    """A side of `mutual_share` and of `imbalances`."""
+    _check_k(X, k, side)
+    return Cloud(centered(X.double()), k)
+
+
+def _check_k(X: Tensor, k: int, side: str) -> None:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k must be a whole number of neighbours, at least 1, got {k!r}")
+    if k > len(X) - 2:
+        raise NotComputable(f"{side} has {len(X)} rows; {k} neighbours of each need at least {k + 2} images")
+
+
+def smallest(values: Tensor, k: int) -> Nearest:
+    """The k smallest of each row of (rows, n) values; those tied for the last place share it."""
+    last = torch.topk(values, k, largest=False).values[:, -1:]
+    candidates = int((values <= last).sum(1).max())
+    found = torch.topk(values, candidates, largest=False)
+    nearer, tied = found.values < last, found.values == last
+    room = k - nearer.sum(1, keepdim=True)
+    weight = nearer + tied * (room.double() / tied.sum(1, keepdim=True))
+    return Nearest(found.indices.cpu().numpy(), weight.cpu().numpy())
+
+
+def _stacked(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """Blocks of rows below each other; narrower ones are filled with zeros."""
+    widest = max(block.shape[1] for block in blocks)
+    return np.concatenate([np.pad(block, ((0, 0), (0, widest - block.shape[1]))) for block in blocks])
+
+
+# ---------------------------------------------------------------------------------------------------------- mutual kNN
+
+
+def mutual_share(left: Cloud, right: Cloud) -> float:
+    """Σᵢ |N_k^X(i) ∩ N_k^Y(i)| / nk; of a neighbour that only partly belongs, the smaller part counts."""
+    return float(left.graph.minimum(right.graph).sum() / (len(left.X) * left.k))
+
+
+# --------------------------------------------------------------------------------------------------------------- CKNNA
+
+
+@dataclass(frozen=True)
+class MaskedGram:
+    """Inner products of every image with its k most similar ones: values and mask, (n, n) sparse."""
+
+    values: sparse.csr_array
+    mask: sparse.csr_array
+    side: str
+
+    def permuted(self, rows: Tensor) -> MaskedGram:
+        """The same features with their rows in another order."""
+        order = rows.cpu().numpy()
+        return replace(self, values=self.values[order][:, order], mask=self.mask[order][:, order])
+
+    @cached_property
+    def own(self) -> float:
+        """HSIC₁ with itself."""
+        hsic = hsic1(self.values, self.values)
+        if hsic <= 0:
+            raise NotComputable(
+                f"{self.side}: HSIC₁ of its nearest neighbours is {hsic:.3g}, not above 0; use more images"
+            )
+        return hsic
+
+
+def masked_gram(X: Tensor, *, side: str, k: int) -> MaskedGram:
+    """K = XXᵀ (not centred) at the k largest entries of each row outside the diagonal, with all tied for the last."""
+    _check_k(X, k, side)
+    X, found, entries = X.double(), [], []
+    step = max(1, BLOCK_ENTRIES // len(X))
+    for start in range(0, len(X), step):
+        K = X[start : start + step] @ X.T
+        K[torch.arange(len(K)), torch.arange(start, start + len(K))] = -torch.inf
+        found.append(smallest(-K.float(), k))
+        entries.append(np.take_along_axis(K.cpu().numpy(), found[-1].index, 1))
+    nearest = Nearest(_stacked([part.index for part in found]), _stacked([part.weight for part in found]))
+    return MaskedGram(nearest.graph(_stacked(entries)), nearest.graph(np.ones_like(nearest.weight)), side)
+
+
+def hsic1(K: sparse.csr_array, L: sparse.csr_array) -> float:
+    """Song's unbiased HSIC of two kernels without diagonals: K̃, L̃ (n, n), not necessarily symmetric."""
+    n = K.shape[0]
+    trace = K.multiply(L.T).sum()
+    cross = K.sum(0) @ L.sum(1)  # 1ᵀK̃L̃1
+    return float((trace + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross) / (n * (n - 3)))
+
+
+def cknna_of(left: MaskedGram, right: MaskedGram) -> float:
+    """HSIC₁ of both Grams where an image is among the k most similar on both sides, over √ of each side's own."""
+    K, L = left.values.multiply(right.mask).tocsr(), right.values.multiply(left.mask).tocsr()
+    return hsic1(K, L) / float(np.sqrt(left.own * right.own))
+
+
+# ----------------------------------------------------------------------------------------------- information imbalance
+
+
+def imbalances(left: Sequence[Cloud], right: Sequence[Cloud]) -> np.ndarray:
+    """Δ(A→B) = 2/(n²k) · Σᵢ Σ ranks in B of i's k nearest neighbours in A, for every A of left and B of right.
+
+    The distances of each B are sorted once; ranks are then found by counting, for all A together.
+    """
+    n, k = len(left[0].X), left[0].k
+    index = np.concatenate([side.nearest.index for side in left], axis=1)
+    ends = np.cumsum([0] + [side.nearest.index.shape[1] for side in left])
+    result = np.empty((len(left), len(right)))
+    for column, side in enumerate(right):
+        ranks = _ranks(side, index)
+        for row, near in enumerate(left):
+            mine = ranks[:, ends[row] : ends[row + 1]]
+            result[row, column] = 2 / (n**2 * k) * (near.nearest.weight * mine).sum()
+    return result
+
+
+def _ranks(side: Cloud, index: np.ndarray) -> np.ndarray:
+    """Rank (1 = nearest) of image index[i, m] among the neighbours of image i; ties are averaged."""
+    ranks = np.empty(index.shape)
+    for rows, distances in side.blocks():
+        asked = distances.gather(1, torch.as_tensor(index[rows], device=distances.device))
+        ordered = _sorted(distances)
+        nearer, upto = (torch.searchsorted(ordered, asked, right=right) for right in (False, True))
+        ranks[rows] = ((nearer + upto + 1) / 2).cpu().numpy()
+    return ranks
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Each row in ascending order (numpy's sort is several times faster than torch's on a CPU)."""
+    if values.is_cuda:
+        return values.sort(1).values
+    values.numpy().sort(axis=1)
+    return values

@@ -10,11 +10,11 @@ however many there are, and adds up with the Moments of other processes.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed
 from torch import Tensor
@@ -23,7 +23,8 @@ from similarity import memory
 from similarity.inputs import SMALLEST_N, NotComputable, as_matrix, as_tensor, centered
 from similarity.kernels import equally_similar
 
-ROWS = 16_384  # taken in at a time
+ROWS = 4096  # taken in at a time
+Place = tuple[int, str]  # (0 for A or 1 for B, name of the site)
 ROUNDING = 1e-13  # D(X, X) below this share of its terms is the rounding error of a difference of equal ones
 
 
@@ -140,12 +141,13 @@ class Sums:
 
     def add(self, other: Sums) -> None:
         """Take in the sums of other rows, shifted alike."""
-        for mine, theirs in zip(self.tensors(), other.tensors()):
-            mine += theirs
+        theirs = other.tensors()
+        for name, mine in self.tensors().items():
+            mine += theirs[name]
 
-    def tensors(self) -> list[Tensor]:
-        """Every sum, always in the same order."""
-        return [getattr(self, part.name) for part in fields(self)]
+    def tensors(self) -> dict[str, Tensor]:
+        """Every sum by its name, always in the same order."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def dot(self, debiased: bool) -> Tensor:
         """D(X, Y)."""
@@ -168,128 +170,123 @@ class Moments:
 
     def __init__(self, precision: torch.dtype = torch.float64):
         self.precision = precision
-        self.shifts: list[dict[str, Tensor]] = []  # of A's sites and of B's; any shift gives the same result
-        self.rounding: list[dict[str, float]] = []  # of the features' own precision
-        self.pairs: dict[tuple[str, str], Sums] = {}
-        self.own: list[dict[str, Sums]] = []  # of A's sites with themselves, and of B's
+        self.sides = 0  # 1: A with itself; 2: A with B. Below, a site is (side, name)
+        self.shifts: dict[Place, Tensor] = {}  # taken off every row; any shift gives the same result
+        self.rounding: dict[Place, float] = {}  # of the features' own precision
+        self.pairs: dict[tuple[Place, Place], Sums] = {}  # A × B and every site with itself
 
     def update(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor] | None = None) -> None:
         """Add rows: {site: (rows, p)} of A, and of B unless it is A."""
-        sides = [_checked(side) for side in ([left] if right is None else [left, right])]
-        counts = {len(X) for side in sides for X in side.values()}
+        sides = [left] if right is None else [left, right]
+        rows = {(place, name): _checked(X, name) for place, side in enumerate(sides) for name, X in side.items()}
+        counts = {len(X) for X in rows.values()}
         if len(counts) != 1:
             raise ValueError(f"sites have {sorted(counts)} rows; rows must be the same images or positions")
-        if not self.shifts:  # near the mean, the sums stay small
-            self.shifts = [{name: X.mean(0, dtype=torch.float64) for name, X in side.items()} for side in sides]
-            self.rounding = [{name: _rounding(X) for name, X in side.items()} for side in sides]
-        self._refuse_other_sites([{name: X.shape[1] for name, X in side.items()} for side in sides])
+        if not self.sides:
+            self.sides = len(sides)
+            self.shifts = {site: X.mean(0, dtype=torch.float64) for site, X in rows.items()}  # small sums near the mean
+            self.rounding = {site: _rounding(X) for site, X in rows.items()}
+        self._refuse_other_sites({site: X.shape[1] for site, X in rows.items()})
         for start in range(0, counts.pop(), ROWS):
-            self._add_rows([{name: X[start : start + ROWS] for name, X in side.items()} for side in sides])
+            self._add({site: X[start : start + ROWS].double() - self.shifts[site] for site, X in rows.items()})
 
-    def _add_rows(self, sides: list[dict[str, Tensor]]) -> None:
-        rows = [{name: X.double() - shift[name] for name, X in side.items()} for side, shift in zip(sides, self.shifts)]
-        self._add(rows[0], rows[-1])
-        for place, side in enumerate(rows):
-            if place == len(self.own):
-                self.own.append({})
-            for name, U in side.items():
-                s = (U**2).sum(1)
-                self._take(self.own[place], name, self._sums(U, U, s, s, s @ U, s @ U, s @ s))
-
-    def _add(self, left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    def _add(self, rows: dict[Place, Tensor]) -> None:
         """All pairs; what is shared between them is computed once."""
-        S, R = (torch.stack([(X**2).sum(1) for X in side.values()], dim=1) for side in (left, right))
-        T, W = {b: S.T @ V for b, V in right.items()}, {a: R.T @ U for a, U in left.items()}
-        Z = S.T @ R
-        for i, (a, U) in enumerate(left.items()):
-            for j, (b, V) in enumerate(right.items()):
-                self._take(self.pairs, (a, b), self._sums(U, V, S[:, i], R[:, j], T[b][i], W[a][j], Z[i, j]))
+        sites = list(rows)
+        totals = {site: U.sum(0) for site, U in rows.items()}
+        S = torch.stack([torch.linalg.vector_norm(U, dim=1) ** 2 for U in rows.values()], dim=1)  # (rows, sites)
+        norms, T, Z = S.sum(0), {site: S.T @ U for site, U in rows.items()}, S.T @ S
+        factors = {site: U.to(self.precision) for site, U in rows.items()}
+        n = torch.tensor(float(len(S)), dtype=torch.float64, device=S.device)
+        for x, y in self._wanted(sites):
+            i, j = sites.index(x), sites.index(y)
+            C = (factors[x].T @ factors[y]).double()
+            sums = Sums(n, totals[x], totals[y], norms[i], norms[j], C, T[y][i], T[x][j], Z[i, j])
+            if (x, y) in self.pairs:
+                self.pairs[x, y].add(sums)
+            else:
+                self.pairs[x, y] = Sums(*(each.clone() for each in sums.tensors().values()))  # they are shared
 
-    def _sums(self, U: Tensor, V: Tensor, s: Tensor, r: Tensor, t: Tensor, w: Tensor, z: Tensor) -> Sums:
-        C = (U.to(self.precision).T @ V.to(self.precision)).double()
-        n = torch.tensor(float(len(U)), dtype=torch.float64, device=U.device)
-        return Sums(n, U.sum(0), V.sum(0), s.sum(), r.sum(), C, t.clone(), w.clone(), z.clone())
+    def _wanted(self, sites: list[Place]) -> list[tuple[Place, Place]]:
+        if self.sides == 1:
+            return list(itertools.combinations_with_replacement(sites, 2))
+        left, right = ([site for site in sites if site[0] == place] for place in (0, 1))
+        return [*itertools.product(left, right), *((site, site) for site in sites)]
 
-    def _take(self, book: dict, key, sums: Sums) -> None:
-        if key in book:
-            book[key].add(sums)
-        else:
-            book[key] = sums
-
-    def _refuse_other_sites(self, widths: list[dict[str, int]]) -> None:
-        known = [{name: len(shift) for name, shift in side.items()} for side in self.shifts]
+    def _refuse_other_sites(self, widths: dict[Place, int]) -> None:
+        known = {site: len(shift) for site, shift in self.shifts.items()}
         if widths != known:
-            raise ValueError(f"sites and widths are {widths}, but these Moments began with {known}")
+            told = [
+                {f"{'AB'[place]}: {name}": width for (place, name), width in each.items()} for each in (widths, known)
+            ]
+            raise ValueError(f"sites and widths are {told[0]}, but these Moments began with {told[1]}")
 
     def merge(self, other: Moments) -> None:
         """Add the rows that another Moments has seen."""
-        if not other.shifts:
+        if not other.sides:
             return
-        if not self.shifts:
+        if not self.sides:
             self.__dict__ |= copy.deepcopy(other.__dict__) | {"precision": self.precision}
             return
-        self._refuse_other_sites([{name: len(shift) for name, shift in side.items()} for side in other.shifts])
-        other = other._shifted_by(self.shifts)
-        for book, theirs in zip([self.pairs, *self.own], [other.pairs, *other.own]):
-            for key, sums in theirs.items():
-                book[key].add(sums)
+        self._refuse_other_sites({site: len(shift) for site, shift in other.shifts.items()})
+        for pair, sums in other._about(self.shifts).items():
+            self.pairs[pair].add(sums)
 
-    def _shifted_by(self, shifts: list[dict[str, Tensor]]) -> Moments:
+    def _about(self, shifts: dict[Place, Tensor]) -> dict[tuple[Place, Place], Sums]:
         """The same sums about other shifts."""
-        move = [{name: old[name] - new[name] for name in old} for old, new in zip(self.shifts, shifts)]
-        moved = Moments(self.precision)
-        moved.shifts = shifts
-        moved.pairs = {(a, b): sums.moved(move[0][a], move[-1][b]) for (a, b), sums in self.pairs.items()}
-        moved.own = [{a: sums.moved(d[a], d[a]) for a, sums in own.items()} for own, d in zip(self.own, move)]
-        return moved
+        step = {site: self.shifts[site] - shifts[site] for site in shifts}
+        return {(x, y): sums.moved(step[x], step[y]) for (x, y), sums in self.pairs.items()}
 
     def all_reduce(self, group=None) -> None:
         """Add up the Moments of all processes of a torch.distributed group; every process then holds the total.
 
-        Every process must have seen rows; the shifts of the first one are used by all.
+        Every process must have seen rows, each its own: an image given to two processes counts twice.
         """
-        if not self.shifts:
+        if not self.sides:
             raise ValueError("this process has no rows yet; give every process some before all_reduce")
-        shifts = [{name: shift.clone() for name, shift in side.items()} for side in self.shifts]
+        shifts = {site: shift.clone() for site, shift in self.shifts.items()}
         first = torch.distributed.get_global_rank(group, 0) if group is not None else 0
-        for side in shifts:
-            for shift in side.values():
-                torch.distributed.broadcast(shift, src=first, group=group)
-        total = self._shifted_by(shifts)
-        for book in (total.pairs, *total.own):
-            for sums in book.values():
-                for tensor in sums.tensors():
-                    torch.distributed.all_reduce(tensor, group=group)
-        self.shifts, self.pairs, self.own = total.shifts, total.pairs, total.own
+        for shift in shifts.values():
+            torch.distributed.broadcast(shift, src=first, group=group)
+        self.pairs, self.shifts = self._about(shifts), shifts
+        for sums in self.pairs.values():
+            for name, tensor in sums.tensors().items():
+                total = tensor.clone()  # counts are shared between pairs
+                torch.distributed.all_reduce(total, group=group)
+                setattr(sums, name, total)
 
     @property
     def n(self) -> int:
         """Rows seen."""
         return int(next(iter(self.pairs.values())).n) if self.pairs else 0
 
-    def cka(self, *, debiased: bool = True) -> tuple[np.ndarray, dict[str, dict[str, str]]]:
+    def cka(self, *, debiased: bool = True) -> tuple[np.ndarray, list[dict[str, str]]]:
         """(values (A's sites, B's sites), [{site of A: why it allows no number}, the same of B]); NaN at those."""
         if self.n < SMALLEST_N:
             raise NotComputable(f"{self.n} rows were seen; at least {SMALLEST_N} are needed")
-        norms, notes = zip(*(self._norms(place, debiased) for place in range(len(self.own))))
-        values = pd.DataFrame(np.nan, index=list(self.own[0]), columns=list(self.own[-1]))
-        for (a, b), sums in self.pairs.items():
-            if a in norms[0] and b in norms[-1]:
-                values.loc[a, b] = float(sums.dot(debiased) / torch.sqrt(norms[0][a] * norms[-1][b]))
-        return values.to_numpy(), [notes[0], notes[-1]]
+        norms, reasons = {}, {}
+        for site in self.shifts:
+            norms[site], reasons[site] = self._norm(site, debiased)
+        sides = [[site for site in self.shifts if site[0] == place] for place in (0, self.sides - 1)]
+        values = np.full([len(side) for side in sides], np.nan)
+        for (i, x), (j, y) in itertools.product(*(enumerate(side) for side in sides)):
+            if not reasons[x] and not reasons[y]:
+                sums = self.pairs[x, y] if (x, y) in self.pairs else self.pairs[y, x]
+                values[i, j] = float(sums.dot(debiased) / torch.sqrt(norms[x] * norms[y]))
+        return values, [{name: reasons[place, name] for place, name in side if reasons[place, name]} for side in sides]
 
-    def _norms(self, place: int, debiased: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-        norms, notes = {}, {}
-        for name, sums in self.own[place].items():
-            mean, norm = self.shifts[place][name] + sums.u / sums.n, sums.dot(debiased)
-            variance = sums.moved(-sums.u / sums.n, -sums.v / sums.n).s / sums.n
-            if variance <= (32 * self.rounding[place][name]) ** 2 * (mean @ mean):
-                notes[name] = f"{name} is constant: every row has the same features, so nothing can be compared"
-            elif norm <= ROUNDING * (sums.n * variance) ** 2:
-                notes[name] = str(equally_similar(name))
-            else:
-                norms[name] = norm
-        return norms, notes
+    def _norm(self, site: Place, debiased: bool) -> tuple[Tensor, str]:
+        """(D(X, X), '' or why it allows no number)."""
+        sums = self.pairs[site, site]
+        norm, mean = sums.dot(debiased), self.shifts[site] + sums.u / sums.n
+        variance = sums.moved(-sums.u / sums.n, -sums.v / sums.n).s / sums.n
+        if variance <= (32 * self.rounding[site]) ** 2 * (mean @ mean):
+            return norm, f"{site[1]} is constant: every row has the same features, so nothing can be compared"
+        return norm, str(equally_similar(site[1])) if norm <= ROUNDING * (sums.n * variance) ** 2 else ""
+
+
+def _told(widths: dict[Place, int]) -> str:
+    return ", ".join(f"{name} of {'AB'[side]}: {width}" for (side, name), width in widths.items())
 
 
 def _rounding(X: Tensor) -> float:
@@ -297,14 +294,11 @@ def _rounding(X: Tensor) -> float:
     return min(torch.finfo(X.dtype).eps, torch.finfo(torch.float32).eps) if X.is_floating_point() else 0.0
 
 
-def _checked(side: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{site: (rows, p)}, finite."""
-    checked = {}
-    for name, X in side.items():
-        X = as_tensor(X, name)
-        if X.ndim != 2:
-            raise ValueError(f"{name} must be (rows, features), got shape {tuple(X.shape)}")
-        if not torch.isfinite(X).all():
-            raise NotComputable(f"{name} holds NaN or infinite values; look for the layer that overflows")
-        checked[name] = X
-    return checked
+def _checked(X: Tensor, name: str) -> Tensor:
+    """(rows, p), finite."""
+    X = as_tensor(X, name)
+    if X.ndim != 2:
+        raise ValueError(f"{name} must be (rows, features), got shape {tuple(X.shape)}")
+    if X.numel() and not (torch.isfinite(X.amin()) and torch.isfinite(X.amax())):
+        raise NotComputable(f"{name} holds NaN or infinite values; look for the layer that overflows")
+    return X

@@ -53,7 +53,7 @@ def linear_cka(X, Y, *, debiased: bool = True) -> float:
     """Linear CKA: the cosine of the two sides' centred Gram matrices K = XXᵀ, L = YYᵀ.
 
     Biased: ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) of centred columns, in [0, 1] (Kornblith et al. 2019, eq. 4). Debiased:
-    HSIC₁(K, L) / √(HSIC₁(K, K) HSIC₁(L, L)) with Song's unbiased HSIC₁ (Song et al. 2012, eq. 5), which may be
+    HSIC₁(K, L) / √(HSIC₁(K, K) HSIC₁(L, L)) with Song's unbiased HSIC₁ (Song et al. 2012), which may be
     slightly negative.
     """
     return _of_two("linear_cka", X, Y, debiased=debiased)
@@ -85,10 +85,10 @@ def rsa(X, Y, *, rdm: str = "correlation", compare: str = "spearman") -> float:
 
 
 def cca(X, Y, *, squared: bool = False) -> float:
-    """Mean canonical correlation ρ (its square with `squared`): singular values of QxᵀQy (Kornblith 2019, table 1).
+    """Mean canonical correlation ρ (its square with `squared`): singular values of QxᵀQy, orthonormal bases of X and Y.
 
-    In [0, 1]. Sees nothing but the column spaces: p + q ≥ n makes some of it 1 by construction, and a warning says how
-    many.
+    Hotelling 1936; Kornblith et al. 2019. In [0, 1]. Sees nothing but the column spaces: p + q ≥ n makes some of it 1
+    by construction, and a warning says how many.
     """
     return _of_two("cca", X, Y, squared=squared)
 
@@ -105,7 +105,7 @@ def svcca(X, Y, *, variance: float = 0.99, components: int | None = None, square
 def pwcca(X, Y) -> float:
     """Projection-weighted CCA: Σ αᵢρᵢ / Σ αᵢ, αᵢ = Σⱼ |⟨hᵢ, xⱼ⟩| with hᵢ the canonical variates of X, xⱼ its columns.
 
-    Morcos et al. 2018, section 3. In [0, 1]; not symmetric: the weights are X's. Warns as `cca` does.
+    Morcos et al. 2018. In [0, 1]; not symmetric: the weights are X's. Warns as `cca` does.
     """
     return _of_two("pwcca", X, Y)
 
@@ -116,13 +116,13 @@ def pwcca(X, Y) -> float:
 def procrustes_distance(X, Y, *, squared: bool = False) -> float:
     """d of the centred sides scaled to unit Frobenius norm, rotated onto each other: d² = 2 − 2‖XᵀY‖_* (in [0, 2]).
 
-    Schönemann 1966; Williams et al. 2021, section 2. The narrower side is taken as padded with zeros.
+    Schönemann 1966; Williams et al. 2021. The narrower side is taken as padded with zeros.
     """
     return _of_two("procrustes_distance", X, Y, squared=squared)
 
 
 def angular_distance(X, Y) -> float:
-    """Angular shape distance θ = arccos ‖XᵀY‖_*, in radians in [0, π/2] (Williams et al. 2021, eq. 5); a metric."""
+    """Angular shape distance θ = arccos ‖XᵀY‖_*, in radians in [0, π/2] (Williams et al. 2021); a metric."""
     return _of_two("angular_distance", X, Y)
 
 
@@ -147,7 +147,7 @@ def cknna(X, Y, *, k: int = 10) -> float:
 
 
 def information_imbalance(X, Y, *, k: int = 1) -> float:
-    """Δ(X→Y) = 2/(n²k) · Σᵢ Σ ranks in Y of image i's k nearest neighbours in X (Glielmo et al. 2022, eq. 2).
+    """Δ(X→Y) = 2/(n²k) · Σᵢ Σ ranks in Y of image i's k nearest neighbours in X (Glielmo et al. 2022).
 
     (k + 1)/n where X tells everything of Y's neighbours, 1 where it tells nothing. Not symmetric: ask both ways.
     """

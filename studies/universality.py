@@ -182,8 +182,8 @@ def _check_policy(policy: str, image_size: int) -> None:
         kind, cells = parse_policy(policy)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if kind not in ("gap", "grid", "flat"):
-        raise InputError(f"policy {policy!r} cannot be compared between models; use gap, grid:g or flat:g")
+    if kind not in ("gap", "mask", "grid", "flat"):
+        raise InputError(f"policy {policy!r} cannot be compared between models; use gap, mask, grid:g or flat:g")
     if kind == "grid" and cells > image_size // 4:
         raise InputError(
             f"policy {policy!r} is finer than the models' maps; at {image_size} px use grid:{image_size // 4}"

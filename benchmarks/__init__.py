@@ -1,0 +1,1 @@
+"""One file a benchmark: the instrument against published numbers and known answers."""

@@ -1,0 +1,138 @@
+"""Make the pages of this folder that are tables of the code and of results: measures.md and benchmarks.md.
+
+`python docs/build.py` writes both; a test compares them with what is committed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parent
+sys.path.insert(0, str(PROJECT))
+
+from similarity import measures  # noqa: E402
+from utils import markdown_table, write_text  # noqa: E402
+
+BENCHMARKS = PROJECT / "results" / "benchmarks"
+MADE = "<!-- made by `python docs/build.py` -->\n"
+
+
+def measures_page() -> str:
+    """The table of measures, and what each one's documentation says."""
+    table = measures.table()
+    ignores = [column for column in table.columns if column.startswith("ignores ")]
+    first = table.drop(columns=[*ignores, "cost a site", "cost a pair"])
+    second = table[["measure", *ignores]].rename(columns=lambda name: name.removeprefix("ignores "))
+    third = table[["measure", "cost a site", "cost a pair"]]
+    parts = [
+        "# The measures\n",
+        MADE,
+        "Every measure is a function of X (n, p) and Y (n, q), whose rows are the same n images in the same order, and "
+        "gives a float: `similarity.measures.rsa(X, Y)`. A whole plane of sites × sites is "
+        '`similarity.plane("rsa", A, B)`. Of a distance, smaller is more similar. A measure that cannot be computed '
+        "(a constant side, NaN, too few images) raises `NotComputable` and says why; in a plane its cell is NaN and "
+        "`plane.notes` says why. A warning `FewImages` says when a value is large by construction.\n",
+        markdown_table(first.columns, first.values.tolist()),
+        "## What each one does not see\n",
+        "Maps of the features of X, of Y, or of either that leave the value as it is; the tests check that it does not "
+        "change there, and does elsewhere.\n",
+        markdown_table(second.columns, second.values.tolist()),
+        "## What each one costs\n",
+        "Operations for n images; p features are prepared once a site, then each pair is combined. Linear CKA, RBF-CKA "
+        "and RSA planes make half of every Gram matrix and then one product for all pairs; where n is large, linear "
+        "CKA goes through p × q moments instead and says so. Planes of float32 features whose work is long are "
+        "computed in float32 and summed in float64 (error below 1e-5), all others in float64.\n",
+        markdown_table(third.columns, third.values.tolist()),
+        "## One by one\n",
+        *(_measure(name) for name in measures.MEASURES),
+    ]
+    return "\n".join(parts)
+
+
+def _measure(name: str) -> str:
+    function = getattr(measures, name)
+    options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    listed = ", ".join(["X, Y", *(f"{option.name}={option.default!r}" for option in options)])
+    return f"### `{name}({listed})`\n\n{inspect.getdoc(function)}\n"
+
+
+def benchmarks_page() -> str:
+    """What `benchmarks.planes`, `benchmarks.recording` and `benchmarks.sanity_check` last wrote."""
+    planes = pd.read_csv(BENCHMARKS / "planes.csv", keep_default_na=False, na_values={"seconds": [""], "ratio": [""]})
+    stored = json.loads((BENCHMARKS / "planes.json").read_text(encoding="utf-8"))
+    parts = [
+        "# Benchmarks\n",
+        MADE,
+        "Each implementation runs in a process of its own on the same data, all take turns, times are medians; `ratio` "
+        "is to ours, `MB` the peak above what was loaded. The other packages stand in an environment of their own "
+        "(`benchmarks/requirements-peers.txt`).\n",
+        "```bash\npython -m benchmarks.planes        # results/benchmarks/planes.csv, about half an hour\n"
+        "python -m benchmarks.recording     # results/benchmarks/recording.csv\n"
+        "python -m benchmarks.sanity_check --data IMAGENETTE     # a folder of train/ and val/ with classes\n```\n",
+    ]
+    for name, rows in planes.groupby("workload", sort=False):
+        parts += [f"## {name.replace('_', ' ')}\n", _workload(stored[name]), _plane_rows(rows)]
+    recording = pd.read_csv(BENCHMARKS / "recording.csv")
+    stamp = json.loads((BENCHMARKS / "recording.json").read_text(encoding="utf-8"))
+    cells = [[_cell(value) for value in row] for row in recording.values.tolist()]
+    parts += ["## Recording\n", _machine(stamp), markdown_table(recording.columns, cells)]
+    parts.append((BENCHMARKS / "sanity_check.md").read_text(encoding="utf-8").replace("# ", "## ", 1))
+    return "\n".join(parts)
+
+
+def _workload(stored: dict) -> str:
+    data = stored["config"]["data"]
+    widths = ", ".join(map(str, data["widths"]))
+    return (
+        f"{data['sites']} + {data['sites']} sites, n = {data['n']:,} rows, widths {widths} in turn. {_machine(stored)}"
+    )
+
+
+def _machine(stamp: dict) -> str:
+    environment = stamp["environment"]
+    processor = environment.get("processor", "")
+    threads = stamp["config"]["threads"]
+    what = f"{processor}, " if processor else ""
+    return f"{what}{threads} threads, torch {environment['packages']['torch']}, commit {environment['commit']}.\n"
+
+
+def _plane_rows(rows: pd.DataFrame) -> str:
+    shown = [
+        [
+            row.implementation.replace("_", " "),
+            _cell(row.seconds),
+            _cell(row.ratio),
+            _cell(row.rss_mb),
+            _cell(row.max_error),
+            row.bar,
+            row.note,
+        ]
+        for row in rows.itertuples()
+    ]
+    return markdown_table(["implementation", "seconds", "ratio", "MB", "max error", "bar", "note"], shown)
+
+
+def _cell(value) -> str:
+    """Three digits; nothing where there is no number."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return "" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+PAGES = {"measures.md": measures_page, "benchmarks.md": benchmarks_page}
+
+
+if __name__ == "__main__":
+    for page, make in PAGES.items():
+        write_text(HERE / page, make())
+        print(HERE / page)

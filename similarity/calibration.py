@@ -16,7 +16,7 @@ import torch
 
 from similarity.cells import pair_route, prepare_all
 from similarity.measures import FewImages, NotComputable, lookup
-from similarity.plane import Plane, match_rows, matrices, rows_an_image
+from similarity.plane import Plane, complete, match_rows, matrices, rows_an_image
 from similarity.recording import Recording
 
 
@@ -124,8 +124,7 @@ def permutation_null(
     """
     B = match_rows(A, B)
     known = lookup(measure, options)
-    if measure == "linear_regression_r2":
-        options = {"rows_per_image": rows_an_image(A)} | options
+    options = complete(measure, options, A)
     X, Y = matrices(_only(A, {a for a, _ in pairs})), matrices(_only(B, {b for _, b in pairs}))
     route = pair_route(known, X, Y, options)
     left, right = prepare_all(route.prepare, X)[0], prepare_all(route.prepare, Y)[0]

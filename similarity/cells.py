@@ -60,7 +60,8 @@ def rbf_planes(left: dict[str, Tensor], right: dict[str, Tensor], options: dict)
     def sides(dtype: torch.dtype):
         return [grams.rbf(sites, fractions, debiased, dtype) for sites in _distinct(left, right)]
 
-    one, other = _twice(_precisely(sides, left, right))
+    copies = len(fractions) + (len(fractions) > 1)  # of every Gram matrix: one a fraction, and the distances
+    one, other = _twice(_precisely(sides, left, right, copies))
     return [_cka_cells(left, right, x, y) for x, y in zip(one, other)]
 
 
@@ -78,14 +79,14 @@ def _rsa_plane(left: dict[str, Tensor], right: dict[str, Tensor], rdm: str = "co
     return _spread(left, right, names, other_names, values, notes, other_notes)
 
 
-def _precisely(sides: Callable, left: dict[str, Tensor], right: dict[str, Tensor]) -> list:
+def _precisely(sides: Callable, left: dict[str, Tensor], right: dict[str, Tensor], copies: int = 1) -> list:
     """Packed Grams in the features' precision, in float64 where float32 would lose digits."""
     dtype = _precision(left, right)
-    _refuse_too_large(left, right, dtype)
+    _refuse_too_large(left, right, dtype, copies)
     try:
         return sides(dtype)
     except grams.NeedsDouble:
-        _refuse_too_large(left, right, torch.float64)
+        _refuse_too_large(left, right, torch.float64, copies)
         return sides(torch.float64)
 
 
@@ -97,11 +98,11 @@ def _precision(left: dict[str, Tensor], right: dict[str, Tensor]) -> torch.dtype
     return torch.float64 if wide or short else torch.float32
 
 
-def _refuse_too_large(left: dict[str, Tensor], right: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _refuse_too_large(left: dict[str, Tensor], right: dict[str, Tensor], dtype: torch.dtype, copies: int = 1) -> None:
     first = next(iter(left.values()))
     sites = sum(len(side) for side in _distinct(left, right))
     memory.refuse_more_than_available(
-        sites * grams.Layout(len(first)).size * dtype.itemsize,
+        copies * sites * grams.Layout(len(first)).size * dtype.itemsize,
         f"a plane of {sites} sites × {len(first)} rows",
         "select(ids=…) fewer images, fewer sites, or a policy with fewer rows",
         first.device,
@@ -125,6 +126,7 @@ def _spread(left: dict, right: dict, rows: list, columns: list, cells: np.ndarra
 
 
 def notes_of_cells(left: dict, right: dict, row_notes: dict, column_notes: dict) -> dict[tuple[str, str], str]:
+    """A note for every cell of a site that allows no number."""
     return {
         (a, b): row_notes.get(a) or column_notes[b] for a in left for b in right if a in row_notes or b in column_notes
     }

@@ -150,7 +150,8 @@ def rbf(
 
     def packer(fraction: float) -> Callable:
         def pack(row: Tensor, rows: Tensor, name: str, layout: Layout) -> None:
-            torch.mul(distances[name], -1 / (2 * (fraction * medians[name]) ** 2), out=row)
+            squared = distances.pop(name) if fraction is fractions[-1] else distances[name]  # free what is used up
+            torch.mul(squared, -1 / (2 * (fraction * medians[name]) ** 2), out=row)
             row.exp_()
             _centre_entries(row, rows, layout, debiased)
 

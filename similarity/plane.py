@@ -84,8 +84,7 @@ def plane(
 
     if known is None:
         return made(options, *cells.every_pair(measure, left, right, options))
-    if name == "linear_regression_r2" and "rows_per_image" not in options:
-        options = options | {"rows_per_image": rows_an_image(A)}
+    options = complete(name, options, A)
     if name == "rbf_cka" and measures.is_several(options.get("fraction", 1.0)):
         planes = cells.rbf_planes(left, right, options)
         return [made(options | {"fraction": one}, *each) for one, each in zip(options["fraction"], planes)]
@@ -124,6 +123,11 @@ def _refuse_unequal_rows(A: Recording, B: Recording) -> None:
             f"policy {A.policy!r} gives site {small!r} {few} rows and site {large!r} {many}; rows are compared one to "
             "one: record with 'gap' or 'grid:g', or choose sites of one size"
         )
+
+
+def complete(name: str, options: dict, recording: Recording) -> dict:
+    """The options of one of our measures with what it must know of the recording's rows."""
+    return {"rows_per_image": rows_an_image(recording)} | options if name == "linear_regression_r2" else options
 
 
 def matrices(recording: Recording, device: torch.device | str | None = None) -> dict[str, Tensor]:

@@ -40,14 +40,21 @@ def basis(
         raise ValueError(f"variance must be in (0, 1], got {variance}")
     if components is not None and components < 1:
         raise ValueError(f"components must be at least 1, got {components}")
-    rounding = max(X.shape) * torch.finfo(X.dtype).eps  # of the features as they were recorded
     U, S, Vt = torch.linalg.svd(centered(X.double()), full_matrices=False)
-    # numerical rank: what is only rounding, also that of a large mean, would count as much as any other dimension
-    S = S[torch.maximum(S[0], X.abs().max()) * rounding < S]
+    S = S[_rounding(X, X.dtype) < S]  # what is only rounding would count as much as any other dimension
     share = (S**2).cumsum(0) / (S**2).sum()
     keep = len(S) if variance == 1 else int((share < variance).sum()) + 1
     keep = keep if components is None else min(components, len(S))
     return Basis(U[:, :keep], S[:keep, None] * Vt[:keep], squared)
+
+
+def _rounding(X: Tensor, precision: torch.dtype) -> float:
+    """Singular values of this size come from rounding alone, 32 units in the last place of the largest feature.
+
+    Random errors of size ε make singular values up to ε(√n + √p); a layer's sums round more often than once, and
+    subtracting a large mean leaves errors of the mean's size.
+    """
+    return 32 * torch.finfo(precision).eps * float(X.abs().max()) * max(X.shape) ** 0.5
 
 
 def svcca_basis(X: Tensor, *, side: str, variance: float = 0.99, components=None, squared: bool = False) -> Basis:
@@ -148,38 +155,21 @@ class Fit:
     @cached_property
     def projections(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(held-out rows, training rows, H) of every fold: H Y_train predicts Y_held-out, both minus Y_train's mean."""
-        made = []
-        rounding = max(self.X.shape) * torch.finfo(self.rounded_as).eps
+        made, rounding = [], _rounding(self.X, self.rounded_as)
         for test, train in self._folds():
             mean = self.X[train].mean(0)
-            features = self.X[train] - mean
-            rounding = torch.maximum(features.abs().max(), self.X.abs().max() * torch.finfo(features.dtype).eps)
-            rtol = max(features.shape) * torch.finfo(features.dtype).eps
-            made.append(
-                (test, train, (self.X[test] - mean) @ torch.linalg.pinv(features, atol=rtol * rounding, rtol=rtol))
-            )
+            inverse = torch.linalg.pinv(self.X[train] - mean, atol=rounding, rtol=0.0)
+            made.append((test, train, (self.X[test] - mean) @ inverse))
         return made
 
     def _folds(self) -> list[tuple[Tensor, Tensor]]:
         images = len(self.X) // self.rows_per_image
         if not 2 <= self.folds <= images:
             raise ValueError(f"folds must be from 2 to the number of images ({images}), got {self.folds}")
-        smallest_training = images - -(-images // self.folds)
-        if self.X.shape[1] >= smallest_training * self.rows_per_image:
-            warnings.warn(
-                f"linear regression on {self.X.shape[1]} features of {smallest_training * self.rows_per_image} rows "
-                "fits them exactly; the held-out R² then says little: use more images or fewer features",
-                FewImages,
-                stacklevel=6,
-            )
+        rows = np.arange(images * self.rows_per_image).reshape(images, self.rows_per_image)
         order = np.random.default_rng(self.seed).permutation(images)
-        offsets = np.arange(self.rows_per_image)
-        parts = [
-            (np.sort(part)[:, None] * self.rows_per_image + offsets).ravel()
-            for part in np.array_split(order, self.folds)
-        ]
-        rows = np.arange(images * self.rows_per_image)
-        return [(torch.as_tensor(part), torch.as_tensor(np.setdiff1d(rows, part))) for part in parts]
+        held_out = [rows[np.sort(part)].ravel() for part in np.array_split(order, self.folds)]
+        return [(torch.as_tensor(test), torch.as_tensor(np.setdiff1d(rows, test))) for test in held_out]
 
 
 def fit(X: Tensor, *, side: str, folds: int = 5, seed: int = 0, rows_per_image: int = 1) -> Fit:
@@ -189,6 +179,7 @@ def fit(X: Tensor, *, side: str, folds: int = 5, seed: int = 0, rows_per_image: 
 
 def held_out_r2(left: Fit, right: Fit) -> float:
     """1 − Σ‖y − ŷ‖² / Σ‖y − ȳ_train‖² over the held-out images of all folds, y predicted linearly from the left."""
+    _warn_of_exact_fit(left)
     residual, total = 0.0, 0.0
     for test, train, projection in left.projections:
         mean = right.X[train].mean(0)
@@ -198,3 +189,14 @@ def held_out_r2(left: Fit, right: Fit) -> float:
     if total == 0:
         raise NotComputable(f"{right.side}: the held-out images have the training images' mean; nothing to predict")
     return float(1 - residual / total)
+
+
+def _warn_of_exact_fit(left: Fit) -> None:
+    rows = min(len(train) for _, train, _ in left.projections)
+    if left.X.shape[1] >= rows:
+        warnings.warn(
+            f"linear regression on {left.X.shape[1]} features of {rows} rows fits them exactly; the held-out R² then "
+            "says little: use more images or fewer features",
+            FewImages,
+            stacklevel=5,
+        )

@@ -206,6 +206,16 @@ def test_ones_own_measure_may_decline_a_pair():
     assert result.notes == {("a", "b"): "shapes differ", ("b", "a"): "shapes differ"}
 
 
+def test_regression_on_few_images_is_noted_in_every_cell_of_the_site_that_predicts():
+    A = made({"wide": gaussian(12, 30), "narrow": gaussian(12, 2, seed=1)})
+    result = plane("linear_regression_r2", A)
+    for b in A.names:
+        assert "linear regression on 30 features of 9 rows fits them exactly" in result.notes["wide", b]
+        assert ("narrow", b) not in result.notes
+    folded = made({"a": gaussian(6, 4, 2)}, policy="grid:2")  # cells of one image are held out together
+    assert plane("linear_regression_r2", folded).options["rows_per_image"] == 4
+
+
 def test_svcca_of_few_images_is_noted_in_its_cell():
     A = made({"wide": gaussian(12, 30), "narrow": gaussian(12, 2, seed=1)})
     with warnings.catch_warnings():

@@ -60,14 +60,14 @@ def rbf_planes(left: dict[str, Tensor], right: dict[str, Tensor], options: dict)
     def sides(dtype: torch.dtype):
         return [grams.rbf(sites, fractions, debiased, dtype) for sites in _distinct(left, right)]
 
-    copies = len(fractions) + (len(fractions) > 1)  # of every Gram matrix: one a fraction, and the distances
-    one, other = _twice(_precisely(sides, left, right, copies))
+    one, other = _twice(_precisely(sides, left, right, copies=len(fractions)))
     return [_cka_cells(left, right, x, y) for x, y in zip(one, other)]
 
 
 def _cka_cells(left: dict, right: dict, one: tuple, other: tuple):
     (x, names, notes), (y, other_names, other_notes) = one, other
-    return _spread(left, right, names, other_names, grams.cka(x, y), notes, other_notes)
+    values = grams.cka(x, y) if names and other_names else np.empty((0, 0))
+    return _spread(left, right, names, other_names, values, notes, other_notes)
 
 
 def _rsa_plane(left: dict[str, Tensor], right: dict[str, Tensor], rdm: str = "correlation", compare: str = "spearman"):

@@ -10,20 +10,22 @@ the terms above nearly cancel, so that this would cost digits, `NeedsDouble` is 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from similarity.inputs import NotComputable, as_matrix, centered
-from similarity.kernels import SAME, check_fraction, equally_similar, median_distance
+from similarity.inputs import SMALLEST_N, NotComputable, as_matrix
+from similarity.kernels import SAME, check_fraction, equally_similar, median_distance, refuse_no_distance
 from similarity.rdm import comparable, rdm
 
-BLOCKS = 8  # a Gram matrix is made in 8 × 8 blocks, of which 36 are needed
+BLOCKS = 4  # rows of blocks; more would leave out more of the upper half, and make the products less efficient
 CHUNK = 65_536  # entries multiplied in float32 before they are added in float64
 CANCELLATION = 0.02  # share of Σ K∘K that must be left after centring, for float32 to give five digits
 
@@ -32,34 +34,86 @@ class NeedsDouble(ArithmeticError):
     """float32 entries would lose too many digits here."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of an (n, n) matrix that are kept: those on the diagonal, and what lies left of them."""
+
+    n: int
+
+    @property
+    def spans(self) -> list[slice]:
+        """The rows of each row of blocks."""
+        count = max(1, min(BLOCKS, self.n // 16))
+        edges = [self.n * place // count for place in range(count + 1)]
+        return [slice(*span) for span in itertools.pairwise(edges)]
+
+    @property
+    def size(self) -> int:
+        """Entries kept."""
+        return sum((span.stop - span.start) * span.stop for span in self.spans)
+
+
 @dataclass
 class Grams:
-    """The packed Gram matrices of some sites.
+    """The Gram matrices of some sites.
 
-    entries : (sites, packed), blocks below the diagonal scaled by √2, so that inner products are those of the whole
+    below : for each span of the layout (sites, rows of the span, columns before it); each entry stands for two
+    diagonal : for each span (sites, rows of the span, the same columns)
     rows : (sites, n) row sums, float64
     """
 
-    entries: Tensor
+    layout: Layout
+    below: list[Tensor]
+    diagonal: list[Tensor]
     rows: Tensor
     debiased: bool
 
+    @classmethod
+    def empty(cls, sites: int, n: int, debiased: bool, dtype: torch.dtype, device: torch.device) -> Grams:
+        """Room for so many sites."""
+        layout = Layout(n)
+        sizes = [(span.stop - span.start, span.start) for span in layout.spans]
+        below = [torch.empty(sites, height, before, dtype=dtype, device=device) for height, before in sizes]
+        diagonal = [torch.empty(sites, height, height, dtype=dtype, device=device) for height, _ in sizes]
+        return cls(layout, below, diagonal, torch.zeros(sites, n, dtype=torch.float64, device=device), debiased)
+
+    def only(self, sites) -> Grams:
+        """Some of the sites, by an index or mask."""
+        below, diagonal = ([block[sites] for block in blocks] for blocks in (self.below, self.diagonal))
+        return Grams(self.layout, below, diagonal, self.rows[sites], self.debiased)
+
+    def pieces(self, site: int) -> list[Piece]:
+        """(rows, left of the diagonal block, the diagonal block) of one site, to be filled."""
+        return [(span, left[site], own[site]) for span, left, own in zip(self.layout.spans, self.below, self.diagonal)]
+
     def hsic(self, other: Grams) -> Tensor:
         """(sites, other's sites), float64, up to a factor that CKA does not see."""
-        return self._centre(products(self.entries, other.entries), self.rows @ other.rows.T, self.rows, other.rows)
+        total = sum(2 * products(*(x.flatten(1) for x in both)) for both in zip(self.below, other.below))
+        total += sum(products(*(x.flatten(1) for x in both)) for both in zip(self.diagonal, other.diagonal))
+        sums = torch.outer(self.rows.sum(1), other.rows.sum(1))
+        return self._centred(total, self.rows @ other.rows.T, sums)
 
+    @cached_property
     def own(self) -> Tensor:
         """(sites,): each with itself."""
-        squares = torch.stack([_chunked_dot(row, row) for row in self.entries])
-        n = self.rows.shape[1]
-        sums = self.rows.sum(1)
-        one, both = (2 / (n - 2), (n - 1) * (n - 2)) if self.debiased else (2 / n, n**2)
-        return squares - one * (self.rows**2).sum(1) + sums**2 / both
+        return self._centred(self.squares, (self.rows**2).sum(1), self.rows.sum(1) ** 2)
 
-    def _centre(self, products: Tensor, row_products: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        n = left.shape[1]
+    @cached_property
+    def squares(self) -> Tensor:
+        """(sites,): Σ K∘K, float64."""
+        below, diagonal = (sum(_squares(x.flatten(1)) for x in blocks) for blocks in (self.below, self.diagonal))
+        return 2 * below + diagonal
+
+    def _centred(self, products: Tensor, row_products: Tensor, sums: Tensor) -> Tensor:
+        """Σ K∘L, (K1)ᵀ(L1) and 1ᵀK1·1ᵀL1 -> HSIC."""
+        n = self.layout.n
         one, both = (2 / (n - 2), (n - 1) * (n - 2)) if self.debiased else (2 / n, n**2)
-        return products - one * row_products + torch.outer(left.sum(1), right.sum(1)) / both
+        return products - one * row_products + sums / both
+
+
+Piece = tuple[slice, Tensor, Tensor]
+# (the Gram matrices of the sites that allow them, those sites' names, why the others do not)
+Packed = tuple[Grams, list[str], dict[str, str]]
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
@@ -70,187 +124,146 @@ def products(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _chunked_dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.stack([a @ b for a, b in zip(left.split(CHUNK), right.split(CHUNK))]).double().sum()
+def _squares(rows: Tensor) -> Tensor:
+    """Squared norm of every row, summed in float64."""
+    return torch.stack([torch.stack([part @ part for part in row.split(CHUNK)]).double().sum() for row in rows])
 
 
-# ------------------------------------------------------------------------------------------------------------- packing
+def cka(left: Grams, right: Grams) -> np.ndarray:
+    """(left sites, right sites) of CKA."""
+    hsic = left.hsic(right)
+    own_left, own_right = (hsic.diag(),) * 2 if right is left else (left.own, right.own)
+    return (hsic / torch.sqrt(torch.outer(own_left, own_right))).cpu().numpy()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the blocks of an (n, n) matrix lie in a packed row of `size` entries."""
-
-    n: int
-
-    @property
-    def edges(self) -> list[int]:
-        """First row of each block of rows, and n."""
-        blocks = max(1, min(BLOCKS, self.n // 16))
-        return [self.n * block // blocks for block in range(blocks + 1)]
-
-    @property
-    def size(self) -> int:
-        """Entries on and below the block diagonal."""
-        return sum((end - start) * end for start, end in zip(self.edges, self.edges[1:]))
-
-    def blocks(self, packed: Tensor) -> list[tuple[slice, Tensor, Tensor]]:
-        """(rows, entries left of the diagonal block (rows, start), the diagonal block) as views of one packed row."""
-        views, offset = [], 0
-        for start, end in zip(self.edges, self.edges[1:]):
-            height = end - start
-            below = packed[offset : offset + height * start].view(height, start)
-            offset += height * start
-            views.append((slice(start, end), below, packed[offset : offset + height * height].view(height, height)))
-            offset += height * height
-        return views
+# ------------------------------------------------------------------------------------------------- filling the blocks
 
 
-def _fill(packed: Tensor, layout: Layout, X: Tensor, scale: float = 1.0) -> None:
-    """The packed XXᵀ, what is below the diagonal blocks times `scale`."""
-    for rows, below, diagonal in layout.blocks(packed):
-        if below.numel():
-            torch.addmm(below, X[rows], X[: rows.start].T, beta=0, alpha=scale, out=below)
-        torch.mm(X[rows], X[rows].T, out=diagonal)
+def linear(sites: dict[str, Tensor], debiased: bool, dtype: torch.dtype) -> Packed:
+    """XXᵀ of centred features."""
 
-
-def _unit_scale(X: Tensor) -> Tensor:
-    """Centred features of largest value 1: no kernel here sees the scale, and float32 cannot overflow in squares."""
-    X = centered(X)
-    return X.div_(torch.maximum(X.amax(), -X.amin()))
-
-
-def linear(sites: dict[str, Tensor], debiased: bool, dtype: torch.dtype) -> tuple[Grams, list[str], dict[str, str]]:
-    """(packed XXᵀ of the sites that allow it, their names, why the others do not)."""
-    features, notes = _usable(sites, dtype)
-
-    def pack(row: Tensor, rows: Tensor, X: Tensor, layout: Layout) -> None:
-        _fill(row, layout, X, math.sqrt(2))
-        if debiased:
-            for _, _, diagonal in layout.blocks(row):
+    def fill(X: Tensor, _name: str, pieces: list, sums: Tensor) -> None:
+        for rows, below, diagonal in pieces[0]:
+            torch.mm(X[rows], X[: rows.start].T, out=below)
+            torch.mm(X[rows], X[rows].T, out=diagonal)
+            if debiased:
                 diagonal.fill_diagonal_(0)
-            rows.copy_(-(torch.linalg.vector_norm(X, dim=1).double() ** 2))  # K1 = X(Xᵀ1) = 0 for centred columns
+        if debiased:
+            sums[0].copy_(-(torch.linalg.vector_norm(X, dim=1).double() ** 2))  # K1 = X(Xᵀ1) = 0 for centred columns
 
-    return _packed(features, notes, debiased, dtype, pack)
+    return _filled(sites, debiased, dtype, fill, 1)[0]
 
 
-def rbf(
-    sites: dict[str, Tensor], fractions: Sequence[float], debiased: bool, dtype: torch.dtype
-) -> list[tuple[Grams, list[str], dict[str, str]]]:
-    """For each fraction of the sites' own median distance: their packed RBF Gram matrices, as `linear` gives them."""
+def rbf(sites: dict[str, Tensor], fractions: Sequence[float], debiased: bool, dtype: torch.dtype) -> list[Packed]:
+    """For each fraction of the sites' own median distance, exp(−‖xᵢ − xⱼ‖² / 2σ²)."""
     for fraction in fractions:
         check_fraction(fraction)
-    features, notes = _usable(sites, dtype)
-    distances, medians = {}, {}
-    for name, X in features.items():
-        try:
-            distances[name], medians[name] = _packed_distances(X, name)
-        except NotComputable as reason:
-            notes[name] = str(reason)
 
-    def packer(fraction: float) -> Callable:
-        def pack(row: Tensor, rows: Tensor, name: str, layout: Layout) -> None:
-            squared = distances.pop(name) if fraction is fractions[-1] else distances[name]  # free what is used up
-            torch.mul(squared, -1 / (2 * (fraction * medians[name]) ** 2), out=row)
-            row.exp_()
-            _centre_entries(row, rows, layout, debiased)
+    def fill(X: Tensor, name: str, pieces: list, sums: Tensor) -> None:
+        squares = (X * X).sum(1)
+        for rows, below, diagonal in pieces[0]:
+            for block, columns in ((below, slice(0, rows.start)), (diagonal, rows)):
+                _fill_distances(block, X, squares, rows, columns)
+            diagonal.fill_diagonal_(0)
+        median = _median(pieces[0], squares, name)
+        for fraction, copy, own_sums in list(zip(fractions, pieces, sums))[::-1]:  # the first holds the distances
+            for distances, piece in zip(pieces[0], copy):
+                for squared, block in zip(distances[1:], piece[1:]):
+                    torch.mul(squared, -1 / (2 * (fraction * median) ** 2), out=block).exp_()
+            _centre_entries(copy, own_sums, debiased)
 
-        return pack
-
-    usable = {name: name for name in distances}
-    n = len(next(iter(features.values()))) if features else 0
-    return [_packed(usable, dict(notes), debiased, dtype, packer(fraction), n) for fraction in fractions]
+    return _filled(sites, debiased, dtype, fill, len(fractions))
 
 
-def _usable(sites: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
-    ready, notes = {}, {}
+def _filled(sites: dict[str, Tensor], debiased: bool, dtype: torch.dtype, fill: Callable, copies: int) -> list[Packed]:
+    """The Gram matrices that `fill` makes of every site's centred features, so many copies of them.
+
+    Features are centred in one place for all sites: fresh memory costs more than the arithmetic.
+    """
+    first = next(iter(sites.values()))
+    made = [Grams.empty(len(sites), len(first), debiased, dtype, first.device) for _ in range(copies)]
+    room = torch.empty(max(X.numel() for X in sites.values()), dtype=dtype, device=first.device)
+    names, notes = [], {}
     for name, X in sites.items():
         try:
-            ready[name] = _unit_scale(as_matrix(X, name, dtype))
+            centred = _centred(X.to(dtype), name, room)
+            fill(centred, name, [each.pieces(len(names)) for each in made], [each.rows[len(names)] for each in made])
+            names.append(name)
         except NotComputable as reason:
             notes[name] = str(reason)
-    return ready, notes
+    return [_those_with_structure(each.only(slice(len(names))), list(names), dict(notes)) for each in made]
 
 
-def _packed(sites: dict, notes: dict, debiased: bool, dtype: torch.dtype, pack: Callable, n: int | None = None):
-    """Pack every site, and leave out those of which centring leaves nothing."""
-    if not sites:
-        return None, [], notes
-    first = next(iter(sites.values()))
-    n = len(first) if n is None else n
-    device = first.device if isinstance(first, Tensor) else None
-    layout = Layout(n)
-    entries = torch.empty(len(sites), layout.size, dtype=dtype, device=device)
-    rows = torch.zeros(len(sites), n, dtype=torch.float64, device=device)
-    for row, sums, site in zip(entries, rows, sites.values()):
-        pack(row, sums, site, layout)
-    grams = Grams(entries, rows, debiased)
-    return _keep_those_with_structure(grams, list(sites), notes)
+def _centred(X: Tensor, name: str, room: Tensor) -> Tensor:
+    """Centred features of ordinary size, in `room`: no kernel here sees the scale.
+
+    Features of ordinary size that clearly vary need no closer look; others are examined by `as_matrix`, and scaled so
+    that float32 does not overflow in products of squares.
+    """
+    mean = X.mean(0)
+    centred = torch.sub(X, mean, out=room[: X.numel()].view(X.shape))
+    centred.sub_(centred.mean(0))
+    spread = float(torch.linalg.vector_norm(centred)) / math.sqrt(max(X.numel(), 1))
+    if len(X) >= SMALLEST_N and 1e-3 < spread < 1e3 and spread > 1e-4 * float(mean.abs().max()):
+        return centred
+    as_matrix(X, name, X.dtype)
+    return centred.div_(torch.maximum(centred.amax(), -centred.amin()))
 
 
-def _keep_those_with_structure(grams: Grams, names: list[str], notes: dict[str, str]):
-    left = grams.own() / torch.stack([_chunked_dot(row, row) for row in grams.entries])
-    if grams.entries.dtype == torch.float32 and (left < CANCELLATION).any():
+def _those_with_structure(grams: Grams, names: list[str], notes: dict[str, str]) -> Packed:
+    """Leave out sites of whose Gram matrix centring leaves nothing."""
+    if not names:
+        return grams, names, notes
+    left = grams.own / grams.squares
+    if grams.diagonal[0].dtype == torch.float32 and (left < CANCELLATION).any():
         raise NeedsDouble
-    keep = (left > 1e-13).tolist()
-    if all(keep):
+    keep = left > 1e-13
+    if keep.all():
         return grams, names, notes
     notes |= {name: str(equally_similar(name)) for name, kept in zip(names, keep) if not kept}
-    mask = torch.tensor(keep, device=grams.entries.device)
-    return Grams(grams.entries[mask], grams.rows[mask], grams.debiased), [n for n, k in zip(names, keep) if k], notes
+    return grams.only(keep), [name for name, kept in zip(names, keep) if kept], notes
 
 
-def _packed_distances(X: Tensor, side: str) -> tuple[Tensor, float]:
-    """(packed squared distances, their median's root)."""
-    layout = Layout(len(X))
-    packed = X.new_empty(layout.size)
-    squares = (X * X).sum(1)
-    _fill(packed, layout, X)
+def _fill_distances(block: Tensor, X: Tensor, squares: Tensor, rows: slice, columns: slice) -> None:
+    """‖xᵢ − xⱼ‖² of some rows to some others."""
+    both = squares[rows, None] + squares[None, columns]
+    torch.addmm(both, X[rows], X[columns].T, alpha=-2, out=block)
+    if X.dtype == torch.float64:
+        block.masked_fill_(block <= SAME * both, 0.0)
+
+
+def _median(pieces: list[Piece], squares: Tensor, side: str) -> float:
+    """Median distance of all pairs, from their squares."""
     pairs = []
-    for rows, below, diagonal in layout.blocks(packed):
-        for block, columns in ((below, slice(0, rows.start)), (diagonal, rows)):
-            both = squares[rows, None] + squares[None, columns]
-            torch.sub(both, block, alpha=2, out=block)
-            if X.dtype == torch.float64:
-                block.masked_fill_(block <= SAME * both, 0.0)
-        lower = torch.tril_indices(len(diagonal), len(diagonal), -1, device=X.device)
+    for _, below, diagonal in pieces:
+        lower = torch.tril_indices(*diagonal.shape, -1, device=diagonal.device)
         pairs += [below.flatten(), diagonal[lower[0], lower[1]]]
-        diagonal.fill_diagonal_(0)
     pairs = torch.cat(pairs)
-    if X.dtype == torch.float32:
-        median = float(np.median(pairs.cpu().numpy()))
-        # distances of almost identical images are rounding in float32
-        if median <= 1e-4 * 2 * float(squares.mean()):
-            raise NeedsDouble
-    return packed, median_distance(pairs, side)
+    median = median_distance(pairs)
+    # distances of almost identical images are rounding in float32
+    if squares.dtype == torch.float32 and median**2 <= 1e-4 * 2 * float(squares.mean()):
+        raise NeedsDouble
+    return refuse_no_distance(median, side)
 
 
-def _centre_entries(row: Tensor, rows: Tensor, layout: Layout, debiased: bool) -> None:
-    """Set the diagonal aside, subtract the mean entry (which changes no HSIC), note row sums, scale for packing.
+def _centre_entries(pieces: list[Piece], sums: Tensor, debiased: bool) -> None:
+    """Set the diagonal aside, subtract the mean entry (which changes no HSIC), note row sums.
 
     Kernel values lie close together: without their mean, fewer digits cancel later.
     """
-    n, total = layout.n, 0.0
-    for _, below, diagonal in layout.blocks(row):
+    n, total = len(sums), 0.0
+    for _, below, diagonal in pieces:
         if debiased:
             diagonal.fill_diagonal_(0)
         total += 2 * float(below.sum(dtype=torch.float64)) + float(diagonal.sum(dtype=torch.float64))
-    row -= total / (n * (n - 1) if debiased else n**2)
-    for part, below, diagonal in layout.blocks(row):
+    mean = total / (n * (n - 1) if debiased else n**2)
+    for rows, below, diagonal in pieces:
+        below -= mean
+        diagonal -= mean
         if debiased:
             diagonal.fill_diagonal_(0)
-        rows[part] += below.sum(1, dtype=torch.float64) + diagonal.sum(1, dtype=torch.float64)
-        rows[: part.start] += below.sum(0, dtype=torch.float64)
-        below *= math.sqrt(2)
-
-
-def cka(left: Grams | None, right: Grams | None) -> np.ndarray:
-    """(left sites, right sites) of CKA."""
-    if left is None or right is None:
-        return np.empty((0, 0))
-    hsic = left.hsic(right)
-    own_left, own_right = (hsic.diag(),) * 2 if right is left else (left.own(), right.own())
-    return (hsic / torch.sqrt(torch.outer(own_left, own_right))).cpu().numpy()
+        sums[rows] += below.sum(1, dtype=torch.float64) + diagonal.sum(1, dtype=torch.float64)
+        sums[: rows.start] += below.sum(0, dtype=torch.float64)
 
 
 # ----------------------------------------------------------------------------------------------------------------- RSA

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def rbf_gram(X: Tensor, *, side: str, fraction: float = 1.0, debiased: bool = Tr
     check_fraction(fraction)
     squared = squared_distances(X.double())
     upper = torch.triu_indices(len(X), len(X), 1, device=X.device)
-    sigma = fraction * median_distance(squared[upper[0], upper[1]], side)
+    sigma = fraction * refuse_no_distance(median_distance(squared[upper[0], upper[1]]), side)
     return unit_gram(torch.exp(squared / (-2 * sigma**2)), debiased, side)
 
 
@@ -82,14 +83,18 @@ def squared_to_all(X: Tensor, squares: Tensor, rows: slice) -> Tensor:
     return distances.masked_fill_(distances <= SAME * both, 0.0)
 
 
-def median_distance(squared: Tensor, side: str) -> float:
-    """Median of the pairwise distances, given their squares in one vector."""
-    ordered = squared.flatten().cpu().numpy().copy()
+def median_distance(squared: Tensor) -> float:
+    """Median of the pairwise distances, given their squares in one vector, which is put in another order."""
+    ordered = squared.cpu().numpy()
     middle = (len(ordered) - 1) / 2
     low, high = math.floor(middle), math.ceil(middle)
     ordered.partition(sorted({low, high}))
-    median = (math.sqrt(ordered[low]) + math.sqrt(ordered[high])) / 2
-    if median == 0:
+    return float(np.sqrt(ordered[[low, high]].astype(np.float64)).mean())
+
+
+def refuse_no_distance(median: float, side: str) -> float:
+    """The median distance, where it is above 0."""
+    if median <= 0:
         raise NotComputable(f"{side}: more than half of the image pairs are identical, so its median distance is 0")
     return median
 

@@ -105,7 +105,7 @@ def _costs(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> tuple[flo
 def _gram_bytes(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> int:
     first = next(iter(left.values()))
     sites = len(left) if right is left else len(left) + len(right)
-    return int(sites * len(first) ** 2 * 9 / 16 * max(first.dtype.itemsize, 4))
+    return int(sites * len(first) ** 2 * 5 / 8 * max(first.dtype.itemsize, 4))
 
 
 # --------------------------------------------------------------------------------------------------- rows in pieces

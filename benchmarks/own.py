@@ -31,14 +31,14 @@ def plane(measure: str, sides):
 
 
 def imbalance_of_pairs(sides):
-    """Planes of one pair each, A[i] with B[i], in both directions: (pairs, 2)."""
+    """The plane of two sites with themselves holds both directions, for each pair A[i], B[i]: (pairs, 2)."""
     import similarity
 
-    pairs = [(_recording(sides.A, [i]), _recording(sides.B, [i])) for i in range(sides.pairs)]
+    pairs = [_recording([sides.A[i], sides.B[i]]) for i in range(sides.pairs)]
 
     def run():
-        directions = [(similarity.plane("information_imbalance", *pair) for pair in ((A, B), (B, A))) for A, B in pairs]
-        return np.array([[float(made.values.item()) for made in both] for both in directions])
+        planes = [similarity.plane("information_imbalance", pair).values for pair in pairs]
+        return np.array([[plane[0, 1], plane[1, 0]] for plane in planes])
 
     return run
 

@@ -1,8 +1,10 @@
 """Measures of neighbourhoods: mutual kNN, CKNNA, information imbalance.
 
-Distances are made for a block of rows at a time, so no n × n matrix is kept. They are computed in float64 and compared
-in float32: what agrees to that precision is a tie. Ties are shared, never broken by the order of the rows: the images
-tied for the last place among k neighbours divide it between them, and tied ranks are averaged.
+Distances are made for some rows at a time, so no n × n matrix is kept. They are computed in float64 and compared in
+float32: what agrees to that precision is a tie. (Of float32 features without many ties, long computations find
+ranks in float32, and choose between almost equally near neighbours in float64.) Ties are shared, never broken by the
+order of the rows: the images tied for the last place among k neighbours divide it between them, and tied ranks are
+averaged.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torch import Tensor
 from similarity.inputs import NotComputable, centered
 from similarity.kernels import squared_to_all
 
-BLOCK_ENTRIES = 4_000_000  # distances held at a time
+BLOCK_ENTRIES = 500_000  # distances of a site held at a time
+LONG_WORK = 1e8  # multiply-adds; shorter ones are done in float64
+SPARE = 4  # candidates beyond the k nearest in float32 that float64 may prefer
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Cloud:
-    """One side: centred features X (n, p), and the k whose neighbours are asked for."""
+    """One side: centred features X (n, p), in float64 or, where that will do, float32; and how many neighbours."""
 
     X: Tensor
     k: int
@@ -52,25 +56,47 @@ class Cloud:
         """The same features with their rows in another order."""
         return replace(self, X=self.X[rows])
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, squared distances (rows, n) in float32); an image's distance to itself is infinite."""
-        n = len(self.X)
-        step = max(1, BLOCK_ENTRIES // n)
-        for start in range(0, n, step):
-            rows = slice(start, min(start + step, n))
-            distances = squared_to_all(self.X, self.squares, rows).float()
-            distances[torch.arange(rows.stop - start), torch.arange(start, rows.stop)] = torch.inf
-            yield rows, distances
-
     @cached_property
     def squares(self) -> Tensor:
         """‖xᵢ‖², (n,)."""
-        return (self.X**2).sum(1)
+        return torch.linalg.vector_norm(self.X, dim=1) ** 2
+
+    @property
+    def rounding(self) -> Tensor:
+        """(n,) what float32 products leave uncertain in squared distances of each image."""
+        return 8 * torch.finfo(torch.float32).eps * (self.squares + self.squares.max())
+
+    def distances(self, rows: slice) -> Tensor:
+        """(rows, n) in float32: squared distances, up to a constant a row; an image's own is infinite."""
+        if self.X.dtype == torch.float64:
+            distances = squared_to_all(self.X, self.squares, rows).float()
+        else:  # ‖xᵢ‖² is the same for the whole row
+            distances = torch.addmm(self.squares, self.X[rows], self.X.T, alpha=-2)
+        distances[torch.arange(rows.stop - rows.start), torch.arange(rows.start, rows.stop)] = torch.inf
+        return distances
+
+    def nearest_of(self, rows: slice, distances: Tensor) -> Nearest:
+        """The k nearest neighbours of some rows; float64 chooses where float32 leaves it open."""
+        if self.X.dtype == torch.float64:
+            return smallest(distances, self.k)
+        found = torch.topk(distances, min(self.k + SPARE, len(self.X) - 1), largest=False)
+        index, last = found.indices.cpu().numpy(), found.values[:, self.k - 1]
+        weight = np.zeros(index.shape)
+        weight[:, : self.k] = 1
+        open_rows = (found.values[:, self.k] - last <= self.rounding[rows]).nonzero().flatten()
+        if len(open_rows):
+            here = self.X[rows][open_rows, None].double()
+            exact = ((self.X[found.indices[open_rows]].double() - here) ** 2).sum(-1)
+            chosen = smallest(exact.float(), self.k)
+            decided = np.zeros((len(open_rows), index.shape[1]))
+            np.put_along_axis(decided, chosen.index, chosen.weight, axis=1)
+            weight[open_rows.cpu().numpy()] = decided
+        return Nearest(index, weight)
 
     @cached_property
     def nearest(self) -> Nearest:
         """The k nearest neighbours by Euclidean distance."""
-        found = [smallest(distances, self.k) for _, distances in self.blocks()]
+        found = [self.nearest_of(rows, self.distances(rows)) for rows in row_blocks(len(self.X))]
         return Nearest(_stacked([part.index for part in found]), _stacked([part.weight for part in found]))
 
     @cached_property
@@ -79,10 +105,31 @@ class Cloud:
         return self.nearest.graph()
 
 
+def row_blocks(n: int) -> Iterator[slice]:
+    """Rows to take at a time."""
+    step = max(1, BLOCK_ENTRIES // n)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
 def cloud(X: Tensor, *, side: str, k: int) -> Cloud:
     """A side of `mutual_share` and of `imbalances`."""
     _check_k(X, k, side)
+    if X.dtype == torch.float32 and len(X) ** 2 * X.shape[1] > LONG_WORK:
+        rough = Cloud(centered(X), k)
+        if _float32_will_do(rough):
+            return rough
     return Cloud(centered(X.double()), k)
+
+
+def _float32_will_do(rough: Cloud) -> bool:
+    """Not for extreme sizes, nor for many ties, which rounding would put in order: judged by eight images."""
+    if not 1e-20 < float(rough.squares.max()) < 1e20:
+        return False
+    for image in np.linspace(0, len(rough.X) - 1, 8).astype(int):
+        steps = rough.distances(slice(image, image + 1))[0].sort().values.diff()
+        if (steps <= rough.rounding[image]).double().mean() > 0.25:
+            return False
+    return True
 
 
 def _check_k(X: Tensor, k: int, side: str) -> None:
@@ -178,29 +225,34 @@ def cknna_of(left: MaskedGram, right: MaskedGram) -> float:
 def imbalances(left: Sequence[Cloud], right: Sequence[Cloud]) -> np.ndarray:
     """Δ(A→B) = 2/(n²k) · Σᵢ Σ ranks in B of i's k nearest neighbours in A, for every A of left and B of right.
 
-    The distances of each B are sorted once; ranks are then found by counting, for all A together.
+    Some rows at a time: the distances of each side are made once, those of each B sorted once, and ranks found by
+    counting for all A together. So a plane of sites with themselves costs as much as one direction.
     """
     n, k = len(left[0].X), left[0].k
-    index = np.concatenate([side.nearest.index for side in left], axis=1)
-    ends = np.cumsum([0] + [side.nearest.index.shape[1] for side in left])
-    result = np.empty((len(left), len(right)))
-    for column, side in enumerate(right):
-        ranks = _ranks(side, index)
-        for row, near in enumerate(left):
-            mine = ranks[:, ends[row] : ends[row + 1]]
-            result[row, column] = 2 / (n**2 * k) * (near.nearest.weight * mine).sum()
-    return result
+    shared = {id(side) for side in left} & {id(side) for side in right}
+    total = np.zeros((len(left), len(right)))
+    for rows in row_blocks(n):
+        near, held = [], {}
+        for side in left:
+            distances = side.distances(rows)
+            near.append(side.nearest_of(rows, distances))
+            if id(side) in shared:
+                held[id(side)] = distances
+        ends = np.cumsum([part.index.shape[1] for part in near])[:-1]
+        index = np.concatenate([part.index for part in near], axis=1)
+        for column, side in enumerate(right):
+            ranks = _ranks(held.pop(id(side)) if id(side) in held else side.distances(rows), index)
+            for row, (part, mine) in enumerate(zip(near, np.split(ranks, ends, axis=1))):
+                total[row, column] += (part.weight * mine).sum()
+    return 2 / (n**2 * k) * total
 
 
-def _ranks(side: Cloud, index: np.ndarray) -> np.ndarray:
-    """Rank (1 = nearest) of image index[i, m] among the neighbours of image i; ties are averaged."""
-    ranks = np.empty(index.shape)
-    for rows, distances in side.blocks():
-        asked = distances.gather(1, torch.as_tensor(index[rows], device=distances.device))
-        ordered = _sorted(distances)
-        nearer, upto = (torch.searchsorted(ordered, asked, right=right) for right in (False, True))
-        ranks[rows] = ((nearer + upto + 1) / 2).cpu().numpy()
-    return ranks
+def _ranks(distances: Tensor, index: np.ndarray) -> np.ndarray:
+    """Rank (1 = nearest) of column index[i, m] in row i of the distances, which are put in order; ties averaged."""
+    asked = distances.gather(1, torch.as_tensor(index, device=distances.device))
+    ordered = _sorted(distances)
+    nearer, upto = (torch.searchsorted(ordered, asked, right=right) for right in (False, True))
+    return ((nearer + upto + 1) / 2).cpu().numpy()
 
 
 def _sorted(values: Tensor) -> Tensor:

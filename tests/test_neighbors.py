@@ -163,6 +163,46 @@ def test_identical_images_are_each_others_nearest_neighbours():
     assert graph[7, 3] == graph[3, 7] == 1
 
 
+# -------------------------------------------------------------------------------------------------------------- float32
+
+
+@pytest.fixture
+def always_long(monkeypatch):
+    monkeypatch.setattr(neighbors, "LONG_WORK", 0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("scale, mean", [(1, 0), (1, 300), (1e-25, 0), (1e25, 0)])
+def test_float32_features_are_ranked_as_well_as_in_float64(always_long, k, scale, mean):
+    X, Y = (
+        (scale * (Z + mean)).astype(np.float32) for Z in (gaussian(300, 40), gaussian(300, 40) + gaussian(300, 40, 1))
+    )
+    for measure in (mutual_knn, information_imbalance):
+        expected = measure(X.astype(float), Y.astype(float), k=k)
+        assert measure(X, Y, k=k) == pytest.approx(expected, abs=1e-5)
+
+
+def test_float32_features_full_of_ties_are_compared_in_float64(always_long):
+    rng = np.random.default_rng(0)
+    X, Y = (rng.integers(0, 3, (60, p)).astype(np.float32) for p in (5, 40))
+    assert neighbors.cloud(torch.as_tensor(X), side="X", k=1).X.dtype == torch.float64
+    assert information_imbalance(X, Y) == pytest.approx(tied_imbalance(X, Y), abs=1e-12)
+    continuous = torch.as_tensor(gaussian(60, 5)).float()
+    assert neighbors.cloud(continuous, side="X", k=1).X.dtype == torch.float32
+
+
+def test_almost_equally_near_neighbours_are_told_apart_in_float64(always_long):
+    """Two images nearly the same distance from a third, far closer to equal than float32 products can tell."""
+    X = gaussian(50, 300).astype(np.float32)
+    X[1], X[2] = X[0] + 1e-3, X[0] - 1e-3
+    X[2, 0] += 1e-5
+    D = cdist(X.astype(float), X.astype(float))
+    np.fill_diagonal(D, np.inf)
+    cloud = neighbors.cloud(torch.as_tensor(X), side="X", k=1)
+    assert cloud.X.dtype == torch.float32
+    np.testing.assert_array_equal(cloud.graph.toarray().argmax(1), D.argmin(1))
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

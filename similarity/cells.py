@@ -7,6 +7,7 @@ Linear CKA, RBF-CKA and RSA go through packed Gram matrices (`grams`) or, where 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import warnings
@@ -41,15 +42,35 @@ def compute(known: Measure, left: dict[str, Tensor], right: dict[str, Tensor], o
 
 def _linear_plane(left: dict[str, Tensor], right: dict[str, Tensor], debiased: bool = True):
     if moments.are_cheaper(left, right):
-        print(moments.explain_choice(left, right), file=sys.stderr)
-        return _pair_by_pair(
-            lambda X, side: moments.FeatureSide(X, side, debiased), moments.FeatureSide.cka, left, right, symmetric=True
-        )
+        _say_once(moments.explain_choice(left, right))
+        return _moments_plane(left, right, debiased)
 
     def sides(dtype: torch.dtype):
         return [grams.linear(sites, debiased, dtype) for sites in _distinct(left, right)]
 
     return _cka_cells(left, right, *_twice(_precisely(sides, left, right)))
+
+
+def _moments_plane(left: dict[str, Tensor], right: dict[str, Tensor], debiased: bool):
+    """In feature space: all pairs in one pass over the rows, or pair by pair where that holds less in memory."""
+    widths = [sum(X.shape[1] for X in side.values()) for side in (left, right)]
+    if widths[0] * widths[1] > len(next(iter(left.values()))) * sum(widths):
+        return _pair_by_pair(
+            lambda X, side: moments.FeatureSide(X, side, debiased), moments.FeatureSide.cka, left, right, symmetric=True
+        )
+    notes = [prepare_all(moments.checked, side)[1] for side in (left, right)]
+    x, y = ({name: X for name, X in side.items() if name not in each} for side, each in zip((left, right), notes))
+    if not x or not y:
+        return _spread(left, right, [], [], np.empty((0, 0)), *notes)
+    sums = moments.Moments()
+    sums.update(x, None if right is left else y)
+    values, more = sums.cka(debiased=debiased)
+    return _spread(left, right, list(x), list(y), values, notes[0] | more[0], notes[1] | more[1])
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def rbf_planes(left: dict[str, Tensor], right: dict[str, Tensor], options: dict) -> list:

@@ -178,7 +178,7 @@ class Moments:
     def update(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor] | None = None) -> None:
         """Add rows: {site: (rows, p)} of A, and of B unless it is A."""
         sides = [left] if right is None else [left, right]
-        rows = {(place, name): _checked(X, name) for place, side in enumerate(sides) for name, X in side.items()}
+        rows = {(place, name): checked(X, name) for place, side in enumerate(sides) for name, X in side.items()}
         counts = {len(X) for X in rows.values()}
         if len(counts) != 1:
             raise ValueError(f"sites have {sorted(counts)} rows; rows must be the same images or positions")
@@ -294,7 +294,7 @@ def _rounding(X: Tensor) -> float:
     return min(torch.finfo(X.dtype).eps, torch.finfo(torch.float32).eps) if X.is_floating_point() else 0.0
 
 
-def _checked(X: Tensor, name: str) -> Tensor:
+def checked(X: Tensor, name: str) -> Tensor:
     """(rows, p), finite."""
     X = as_tensor(X, name)
     if X.ndim != 2:

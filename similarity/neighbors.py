@@ -21,7 +21,7 @@ from torch import Tensor
 from similarity.inputs import NotComputable, centered
 from similarity.kernels import squared_to_all
 
-BLOCK_ENTRIES = 500_000  # distances of a site held at a time
+BLOCK_ENTRIES = 1_000_000  # distances of a site held at a time
 LONG_WORK = 1e8  # multiply-adds; shorter ones are done in float64
 SPARE = 4  # candidates beyond the k nearest in float32 that float64 may prefer
 

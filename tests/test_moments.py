@@ -181,16 +181,40 @@ def made(features, policy="gap"):
     return Recording(features, ids, [Site(name, ("batch", "channel")) for name in features], policy, "m", "d")
 
 
-def test_a_plane_with_many_rows_takes_feature_space_and_says_so(capsys, monkeypatch):
-    A, B = ({k: X.float() for k, X in side.items()} for side in sides(n=500))
-    B["b1"] = B["b1"][:, :9]
+@pytest.mark.parametrize("n", [500, 30_000])
+def test_a_plane_with_many_rows_takes_feature_space_and_says_so(n, capsys, monkeypatch):
+    cells._say_once.cache_clear()
+    A, B = ({k: X.float() for k, X in side.items()} for side in sides(n=n))
+    B["b1"] = B["b1"][:, :9] if n == 500 else B["b1"]
     result = plane("linear_cka", made(A), made(B))
     said = capsys.readouterr().err
-    assert "2 × 3 sites, 500 rows: exact moments in feature space" in said and "Gram matrices would take" in said
-    np.testing.assert_allclose(result.values, expected(A, B, True), atol=1e-9)
-    monkeypatch.setattr(moments, "are_cheaper", lambda left, right: False)
-    np.testing.assert_allclose(plane("linear_cka", made(A), made(B)).values, result.values, atol=1e-9)
-    assert capsys.readouterr().err == ""
+    assert f"2 × 3 sites, {n:,} rows: exact moments in feature space" in said and "Gram matrices would take" in said
+    plane("linear_cka", made(A), made(B))
+    assert capsys.readouterr().err == ""  # once is enough
+    by_pairs = [[moments.linear_cka(X, Y) for Y in B.values()] for X in A.values()]
+    np.testing.assert_allclose(result.values, by_pairs, atol=1e-9)
+    if n == 500:
+        np.testing.assert_allclose(result.values, expected(A, B, True), atol=1e-9)
+        monkeypatch.setattr(moments, "are_cheaper", lambda left, right: False)
+        np.testing.assert_allclose(plane("linear_cka", made(A), made(B)).values, result.values, atol=1e-9)
+
+
+def test_sites_whose_sums_would_be_larger_than_their_rows_go_pair_by_pair(monkeypatch):
+    A, B = ({f"{s}{k}": gaussian(18, 2, seed=10 * k + len(s)) for k in range(20)} for s in ("a", "bb"))
+    assert moments.are_cheaper(A, B)
+    monkeypatch.setattr(moments, "Moments", None)  # not needed here
+    np.testing.assert_allclose(plane("linear_cka", made(A), made(B)).values, expected(A, B, True), atol=1e-9)
+
+
+def test_one_pass_over_many_rows_notes_what_allows_no_number(monkeypatch):
+    A, _ = sides(n=3000)
+    A = {name: X[:, :3] for name, X in A.items()}
+    A |= {"constant": torch.ones(3000, 2), "nan": torch.full((3000, 2), torch.nan)}
+    result = plane("linear_cka", made(A))
+    assert "constant is constant" in result.notes["a0", "constant"] and "nan holds NaN" in result.notes["nan", "a1"]
+    assert np.isfinite(result.frame().loc["a0", "a1"]) and ("a0", "a1") not in result.notes
+    empty = plane("linear_cka", made({"nan": A["nan"]}))
+    assert np.isnan(empty.values).all() and "nan holds NaN" in empty.notes["nan", "nan"]
 
 
 def test_feature_space_is_chosen_when_grams_do_not_fit_in_memory(monkeypatch):

@@ -7,8 +7,9 @@ Time: the same batches through the same model, as it is (`forward`), with every 
 whole recording (`recording`: also the listing of sites and the digests of model and images). The three take turns in
 one process; seconds are medians over the rounds, ratios are to `forward`, rss_mb is the peak of the process meanwhile.
 
-Memory: N and 4N images are recorded in a process each, images made batch by batch. The row `growth beyond rows` holds
-the growth of the peak from N to 4N, less the rows that are kept of the 3N images: 0 where memory is flat.
+Memory: 4N and 8N images are recorded in a process each, images made batch by batch (a peak settles only after some
+batches). The row `growth beyond rows` holds the growth of the peak from 4N to 8N, less the rows that are kept of those
+4N images: about 0 where memory is flat.
 
 Written are recording.csv and recording.json (versions, machine, settings). Timings of a busy machine say little.
 """
@@ -157,8 +158,8 @@ def in_a_process(key: str, images: int, options: argparse.Namespace) -> dict[str
 
 
 def memory_of(key: str, options: argparse.Namespace) -> list[dict]:
-    """Rows of the peaks at N and 4N images, and of the growth that the rows do not account for."""
-    workload, few, many = WORKLOADS[key], options.images, 4 * options.images
+    """Rows of the peaks at 4N and 8N images, and of the growth that the rows do not account for."""
+    workload, few, many = WORKLOADS[key], 4 * options.images, 8 * options.images
     small, large = (in_a_process(key, images, options) for images in (few, many))
     title = f"memory: {workload.name}, {small['sites']} sites, {few} and {many} images of {workload.side} px"
     growth = large["peak_mb"] - small["peak_mb"] - (large["rows_mb"] - small["rows_mb"])

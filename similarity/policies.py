@@ -113,10 +113,11 @@ def reduce(
         if weights is None:
             raise ValueError(f"policy 'mask' needs the weights of the queries at site {site.name!r}; none were given")
         return weigh(query_rows(tensor, site), weights, site)
+    if kind in _AVERAGES:
+        return _average(tensor.detach(), site)
     tensor = _precise(tensor)
-    if kind == "tokens" or kind in _AVERAGES:
-        rows = _positions(tensor, site)
-        return rows if kind == "tokens" else rows.mean(1)
+    if kind == "tokens":
+        return _positions(tensor, site)
     maps = to_map(tensor, site, image_size)
     if kind == "map":
         return maps
@@ -140,6 +141,16 @@ def weigh(rows: Tensor, weights: Tensor, site: Site) -> Tensor:
             f"{weights.shape[1]} for each of {weights.shape[0]}; take the site out, or record it under 'gap'"
         )
     return (weights.to(rows)[..., None] * rows).sum(1)
+
+
+def _average(tensor: Tensor, site: Site) -> Tensor:
+    """(batch, channel), the mean over every other axis, without a copy of the activation in another order."""
+    places = [i for i, axis in enumerate(site.axes) if axis not in ("batch", "channel")]
+    if places:
+        precise = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+        tensor = tensor.mean(places, dtype=precise)
+    tensor = _precise(tensor)
+    return tensor if site.axes.index("batch") < site.axes.index("channel") else tensor.T
 
 
 def _precise(tensor: Tensor) -> Tensor:

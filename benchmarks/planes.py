@@ -208,8 +208,7 @@ def _bar(which: Implementation, seconds: dict[str, float]) -> str:
         met = share <= factor
     else:
         return ""
-    word = "not known" if math.isnan(share) else ("met" if met else "missed")
-    return f"{asked}: {share:.2f}, {word}"
+    return f"{asked}: not known" if math.isnan(share) else f"{asked}: {share:.2f}, {'met' if met else 'missed'}"
 
 
 # ---------------------------------------------------------------------------------------------------------- the results

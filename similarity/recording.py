@@ -207,24 +207,53 @@ def record_models(
     return {name: book.close(ids, data_hash, image_hashes) for name, book in books.items()}
 
 
+class _Rows:
+    """Rows of one site on the CPU, in one piece whose room doubles.
+
+    Many small pieces, kept while activations come and go between them, would scatter the memory.
+    """
+
+    def __init__(self):
+        self.room: Tensor | None = None
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Append a batch."""
+        needed = self.count + len(rows)
+        if self.room is not None and (rows.shape[1:], rows.dtype) != (self.room.shape[1:], self.room.dtype):
+            here, there = (f"{tuple(each.shape[1:])} {each.dtype}" for each in (rows, self.room))
+            raise ValueError(f"a batch has rows of {here} after rows of {there}; record images of one size")
+        if self.room is None or needed > len(self.room):
+            larger = torch.empty(max(2 * needed, 64), *rows.shape[1:], dtype=rows.dtype)
+            if self.room is not None:
+                larger[: self.count] = self.room[: self.count]
+            self.room = larger
+        self.room[self.count : needed] = rows
+        self.count = needed
+
+    def joined(self) -> Tensor:
+        """All rows, without the room to spare."""
+        return self.room[: self.count].clone()
+
+
 class _Book:
     """The rows of one model, growing batch by batch."""
 
     def __init__(self, reader: Reader):
         self.reader = reader
-        self.rows: dict[tuple[str, str], list[Tensor]] = {}
+        self.rows: dict[tuple[str, str], _Rows] = {}
 
     def write(self, images: Tensor, ids: list[str]) -> None:
         for key, rows in self.reader.read(images, ids).items():
-            self.rows.setdefault(key, []).append(rows.cpu())
+            self.rows.setdefault(key, _Rows()).add(rows)
 
     def close(self, ids: list[str], data_hash: str, image_hashes: list[str] | None) -> dict[str, Recording]:
-        """The recordings; each site's batches are let go as they are joined, so that nothing is held twice."""
+        """The recordings; each site's room is let go as its rows are taken out, so that nothing is held twice."""
         model_hash = hash_model(self.reader.model)
         recordings = {}
         for policy in self.reader.policies:
             sites = [site for site in self.reader.sites if (site.name, policy) in self.rows]
-            features = {site.name: torch.cat(self.rows.pop((site.name, policy))) for site in sites}
+            features = {site.name: self.rows.pop((site.name, policy)).joined() for site in sites}
             hashes = None if image_hashes is None else list(image_hashes)
             recordings[policy] = Recording(features, list(ids), sites, policy, model_hash, data_hash, hashes)
         return recordings

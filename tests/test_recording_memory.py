@@ -176,23 +176,36 @@ def test_a_bar_over_batches_is_drawn_on_a_terminal_and_only_one(capsys, monkeypa
 # -------------------------------------------------------------------------------------------------- nothing held twice
 
 
-def test_batches_are_let_go_as_their_site_is_joined(monkeypatch):
-    """At each join, the rows of the sites joined before are in the recording alone."""
+def test_the_room_of_a_site_is_let_go_as_its_rows_are_taken_out(monkeypatch):
+    """When rows are taken out, the sites before are in the recording alone, and without room to spare."""
     images = images_of(8)
-    reader = open_reader(Small(), images, None, ("gap", "tokens"))
-    book = recording._Book(reader)
+    book = recording._Book(open_reader(Small(), images, None, ("gap", "tokens")))
     for batch, ids in batches(images, 2):
         book.write(batch, ids)
-    held, join = [], torch.cat
+    left, take = [], recording._Rows.joined
 
-    def joining(parts):
-        held.append(sum(part.nbytes for kept in book.rows.values() for part in kept))
-        return join(parts)
+    def taking(rows):
+        left.append(len(book.rows))
+        return take(rows)
 
-    monkeypatch.setattr(recording.torch, "cat", joining)
+    monkeypatch.setattr(recording._Rows, "joined", taking)
+    count = len(book.rows)
     done = book.close([str(i) for i in range(8)], "", None)
-    sizes = [rows.nbytes for one in done.values() for rows in one.features.values()]
-    assert held == [sum(sizes[i + 1 :]) for i in range(len(sizes))] and book.rows == {}
+    assert left == list(range(count))[::-1] and book.rows == {}
+    features = [rows for one in done.values() for rows in one.features.values()]
+    assert all(rows.untyped_storage().nbytes() == rows.nbytes and len(rows) == 8 for rows in features)
+
+
+def test_rows_of_many_batches_lie_in_one_piece_and_in_order():
+    rows = recording._Rows()
+    parts = [torch.arange(float(3 * k), 3 * k + 3)[:, None].expand(3, 2) for k in range(60)]
+    for part in parts:
+        rows.add(part)
+    assert torch.equal(rows.joined(), torch.cat(parts))
+    with pytest.raises(
+        ValueError, match=r"rows of \(1,\) torch.float32 after rows of \(2,\) torch.float32; record images"
+    ):
+        rows.add(torch.ones(3, 1))
 
 
 def test_a_readers_rows_hold_no_more_than_themselves():

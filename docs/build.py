@@ -73,7 +73,7 @@ def benchmarks_page() -> str:
         "Each implementation runs in a process of its own on the same data, all take turns, times are medians; `ratio` "
         "is to ours, `MB` the peak above what was loaded. The other packages stand in an environment of their own "
         "(`benchmarks/requirements-peers.txt`).\n",
-        "```bash\npython -m benchmarks.planes        # results/benchmarks/planes.csv, about half an hour\n"
+        "```bash\npython -m benchmarks.planes        # results/benchmarks/planes.csv, about a quarter of an hour\n"
         "python -m benchmarks.recording     # results/benchmarks/recording.csv\n"
         "python -m benchmarks.sanity_check --data IMAGENETTE     # a folder of train/ and val/ with classes\n```\n",
     ]

@@ -23,7 +23,7 @@ from similarity import grams, measures, memory, moments
 from similarity.inputs import FewImages, NotComputable, as_matrix
 from similarity.measures import Measure
 
-LONG_WORK = 1e9  # multiply-adds, about 0.05 s on one core; shorter planes are computed in float64
+LONG_WORK = 1e9  # multiply-adds; shorter planes are computed in float64, where float32 would save little
 
 
 def compute(known: Measure, left: dict[str, Tensor], right: dict[str, Tensor], options: dict):
@@ -58,14 +58,14 @@ def _moments_plane(left: dict[str, Tensor], right: dict[str, Tensor], debiased: 
         return _pair_by_pair(
             lambda X, side: moments.FeatureSide(X, side, debiased), moments.FeatureSide.cka, left, right, symmetric=True
         )
-    notes = [prepare_all(moments.checked, side)[1] for side in (left, right)]
-    x, y = ({name: X for name, X in side.items() if name not in each} for side, each in zip((left, right), notes))
+    checked = [prepare_all(moments.checked, side) for side in _distinct(left, right)]
+    (x, notes), (y, other_notes) = _twice(checked)
     if not x or not y:
-        return _spread(left, right, [], [], np.empty((0, 0)), *notes)
+        return _spread(left, right, [], [], np.empty((0, 0)), notes, other_notes)
     sums = moments.Moments()
-    sums.update(x, None if right is left else y)
-    values, more = sums.cka(debiased=debiased)
-    return _spread(left, right, list(x), list(y), values, notes[0] | more[0], notes[1] | more[1])
+    sums.update_checked(*(usable for usable, _ in checked))
+    values, (more, other_more) = sums.cka(debiased=debiased)
+    return _spread(left, right, list(x), list(y), values, notes | more, other_notes | other_more)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from similarity.inputs import SMALLEST_N, NotComputable, as_matrix
-from similarity.kernels import SAME, check_fraction, equally_similar, median_distance, refuse_no_distance
+from similarity.kernels import SAME, check_fraction, condensed, equally_similar, median_distance, refuse_no_distance
 from similarity.rdm import comparable, rdm
 
 BLOCKS = 4  # rows of blocks; more would leave out more of the upper half, and make the products less efficient
@@ -236,8 +236,7 @@ def _median(pieces: list[Piece], squares: Tensor, side: str) -> float:
     """Median distance of all pairs, from their squares."""
     pairs = []
     for _, below, diagonal in pieces:
-        lower = torch.tril_indices(*diagonal.shape, -1, device=diagonal.device)
-        pairs += [below.flatten(), diagonal[lower[0], lower[1]]]
+        pairs += [below.flatten(), condensed(diagonal)]
     pairs = torch.cat(pairs)
     median = median_distance(pairs)
     # distances of almost identical images are rounding in float32
@@ -281,7 +280,7 @@ def profiles(
     with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
         for name, X in sites.items():
             try:
-                values = _condensed(as_matrix(X, name), kind, name)
+                values = condensed(rdm(as_matrix(X, name), kind, name))
             except NotComputable as reason:
                 notes[name] = str(reason)
                 continue
@@ -293,9 +292,3 @@ def profiles(
             except NotComputable as reason:
                 notes[name] = str(reason)
     return (torch.stack(list(ready.values())) if ready else None), list(ready), notes
-
-
-def _condensed(X: Tensor, kind: str, side: str) -> Tensor:
-    dissimilarities = rdm(X, kind, side)
-    lower = torch.tril_indices(len(X), len(X), -1, device=X.device)
-    return dissimilarities[lower[0], lower[1]]

@@ -29,8 +29,7 @@ def as_matrix(X, side: str = "X", dtype: torch.dtype | None = torch.float64) -> 
         raise ValueError(f"{side} must be (n images, p features), got shape {tuple(X.shape)}; pool or flatten it first")
     if len(X) < SMALLEST_N:
         raise NotComputable(f"{side} has {len(X)} rows; at least {SMALLEST_N} images are needed")
-    # half precision is judged by float32's rounding: its own would call features constant that vary by a few percent
-    rounding = min(torch.finfo(X.dtype).eps, torch.finfo(torch.float32).eps) if X.is_floating_point() else 0.0
+    rounding = relative_rounding(X)  # before X is converted
     X = X.to(dtype or (torch.float64 if X.dtype not in _AT_MOST_FLOAT32 else torch.float32))
     if X.shape[1] == 0:
         raise NotComputable(f"{side} is constant: every image has the same features, so nothing can be compared")
@@ -40,6 +39,14 @@ def as_matrix(X, side: str = "X", dtype: torch.dtype | None = torch.float64) -> 
     if _is_constant(X[0], low, high, 32 * rounding):
         raise NotComputable(f"{side} is constant: every image has the same features, so nothing can be compared")
     return X
+
+
+def relative_rounding(X: Tensor) -> float:
+    """Rounding of the features as a share of their size; integers have none.
+
+    Half precision is judged by float32's: its own would call features constant that vary by a few percent.
+    """
+    return min(torch.finfo(X.dtype).eps, torch.finfo(torch.float32).eps) if X.is_floating_point() else 0.0
 
 
 def _is_constant(first: Tensor, low: Tensor, high: Tensor, tolerance: float) -> bool:

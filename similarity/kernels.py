@@ -59,8 +59,7 @@ def rbf_gram(X: Tensor, *, side: str, fraction: float = 1.0, debiased: bool = Tr
     """Unit-norm centred exp(−‖xᵢ − xⱼ‖² / 2σ²), σ = fraction × the median pairwise distance of this side."""
     check_fraction(fraction)
     squared = squared_distances(X.double())
-    upper = torch.triu_indices(len(X), len(X), 1, device=X.device)
-    sigma = fraction * refuse_no_distance(median_distance(squared[upper[0], upper[1]]), side)
+    sigma = fraction * refuse_no_distance(median_distance(condensed(squared)), side)
     return unit_gram(torch.exp(squared / (-2 * sigma**2)), debiased, side)
 
 
@@ -81,6 +80,17 @@ def squared_to_all(X: Tensor, squares: Tensor, rows: slice) -> Tensor:
     both = squares[rows, None] + squares[None, :]
     distances = torch.addmm(both, X[rows], X.T, alpha=-2)
     return distances.masked_fill_(distances <= SAME * both, 0.0)
+
+
+def below_diagonal(square: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of every pair of images once, (n(n − 1)/2,) each."""
+    rows, columns = torch.tril_indices(*square.shape, -1, device=square.device)
+    return rows, columns
+
+
+def condensed(square: Tensor) -> Tensor:
+    """The entries of a symmetric (n, n) matrix for every pair of images once, (n(n − 1)/2,); a copy."""
+    return square[below_diagonal(square)]
 
 
 def median_distance(squared: Tensor) -> float:

@@ -44,6 +44,11 @@ class Nearest:
         entries = self.weight if entries is None else entries
         return sparse.csr_array((entries[here], (rows, self.index[here])), shape=(n, n))
 
+    @classmethod
+    def stacked(cls, parts: Sequence[Nearest]) -> Nearest:
+        """Those of blocks of rows, below each other."""
+        return cls(_stacked([part.index for part in parts]), _stacked([part.weight for part in parts]))
+
 
 @dataclass(frozen=True)
 class Cloud:
@@ -72,8 +77,7 @@ class Cloud:
             distances = squared_to_all(self.X, self.squares, rows).float()
         else:  # ‖xᵢ‖² is the same for the whole row
             distances = torch.addmm(self.squares, self.X[rows], self.X.T, alpha=-2)
-        distances[torch.arange(rows.stop - rows.start), torch.arange(rows.start, rows.stop)] = torch.inf
-        return distances
+        return _fill_own(distances, rows, torch.inf)
 
     def nearest_of(self, rows: slice, distances: Tensor) -> Nearest:
         """The k nearest neighbours of some rows; float64 chooses where float32 leaves it open."""
@@ -96,8 +100,7 @@ class Cloud:
     @cached_property
     def nearest(self) -> Nearest:
         """The k nearest neighbours by Euclidean distance."""
-        found = [self.nearest_of(rows, self.distances(rows)) for rows in row_blocks(len(self.X))]
-        return Nearest(_stacked([part.index for part in found]), _stacked([part.weight for part in found]))
+        return Nearest.stacked([self.nearest_of(rows, self.distances(rows)) for rows in row_blocks(len(self.X))])
 
     @cached_property
     def graph(self) -> sparse.csr_array:
@@ -109,6 +112,12 @@ def row_blocks(n: int) -> Iterator[slice]:
     """Rows to take at a time."""
     step = max(1, BLOCK_ENTRIES // n)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def _fill_own(block: Tensor, rows: slice, value: float) -> Tensor:
+    """Some rows of an (n, n) matrix, with `value` where an image meets itself; written in place."""
+    block[torch.arange(rows.stop - rows.start), torch.arange(rows.start, rows.stop)] = value
+    return block
 
 
 def cloud(X: Tensor, *, side: str, k: int) -> Cloud:
@@ -195,13 +204,11 @@ def masked_gram(X: Tensor, *, side: str, k: int) -> MaskedGram:
     """K = XXᵀ (not centred) at the k largest entries of each row outside the diagonal, with all tied for the last."""
     _check_k(X, k, side)
     X, found, entries = X.double(), [], []
-    step = max(1, BLOCK_ENTRIES // len(X))
-    for start in range(0, len(X), step):
-        K = X[start : start + step] @ X.T
-        K[torch.arange(len(K)), torch.arange(start, start + len(K))] = -torch.inf
+    for rows in row_blocks(len(X)):
+        K = _fill_own(X[rows] @ X.T, rows, -torch.inf)
         found.append(smallest(-K.float(), k))
         entries.append(np.take_along_axis(K.cpu().numpy(), found[-1].index, 1))
-    nearest = Nearest(_stacked([part.index for part in found]), _stacked([part.weight for part in found]))
+    nearest = Nearest.stacked(found)
     return MaskedGram(nearest.graph(_stacked(entries)), nearest.graph(np.ones_like(nearest.weight)), side)
 
 

@@ -10,7 +10,7 @@ from scipy.stats import kendalltau
 from torch import Tensor
 
 from similarity.inputs import NotComputable
-from similarity.kernels import squared_distances
+from similarity.kernels import below_diagonal, condensed, squared_distances
 
 RDMS = ("correlation", "euclidean")
 COMPARISONS = ("spearman", "pearson", "cosine", "kendall")
@@ -56,11 +56,9 @@ def comparable(values: Tensor, compare: str, side: str) -> Tensor:
 
 def profile(X: Tensor, *, side: str, rdm: str = "correlation", compare: str = "spearman") -> Tensor:
     """(n, n) symmetric, zero diagonal: the comparable dissimilarities, each of the two times it stands there / √2."""
-    n, X = len(X), X.double()
-    upper = torch.triu_indices(n, n, 1, device=X.device)
-    values = comparable(_rdm(X, rdm, side)[upper[0], upper[1]], compare, side) / math.sqrt(2)
-    square = values.new_zeros(n, n)
-    square[upper[0], upper[1]] = values
+    dissimilarities = _rdm(X.double(), rdm, side)
+    square = torch.zeros_like(dissimilarities)
+    square[below_diagonal(square)] = comparable(condensed(dissimilarities), compare, side) / math.sqrt(2)
     return square + square.T
 
 
@@ -68,7 +66,7 @@ _rdm = rdm  # the option of `profile` has the field's name for it, too
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties averaged, as float64: scipy's `rankdata` by numpy's vectorised sort, six times faster."""
+    """Ranks from 1, ties averaged, float64: scipy's `rankdata` by numpy's vectorised sort, several times faster."""
     order = np.argsort(values)
     ordered = values[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,11 +186,13 @@ def record_models(
         check_query_weights(model, wanted[name] or [], policies)
     books: dict[str, _Book] | None = None
     ids: list[str] = []
+    seen: set[str] = set()
     hashes: list[str] = []
-    for batch in _with_bar(loader):
+    for batch in with_bar(loader, "recording"):
         images, batch_ids = images_and_ids(batch)
-        refuse_repeated(ids, batch_ids)
+        refuse_repeated(seen, batch_ids)
         ids += batch_ids
+        seen.update(batch_ids)
         if data_hash is None:
             hashes += hash_images(images)
         if books is None:
@@ -259,11 +262,11 @@ class _Book:
         return recordings
 
 
-def _with_bar(loader: Iterable) -> Iterable:
+def with_bar(loader: Iterable, what: str) -> Iterable:
     """A progress bar over batches on a terminal, unless the caller has put one there."""
     if isinstance(loader, tqdm):
         return loader
-    return tqdm(loader, desc="recording", unit="batch", leave=False, dynamic_ncols=True, disable=None, file=sys.stderr)
+    return tqdm(loader, desc=what, unit="batch", leave=False, dynamic_ncols=True, disable=None, file=sys.stderr)
 
 
 def _images_to_come(loader: Iterable, batch: int) -> tuple[int | None, bool]:
@@ -309,6 +312,7 @@ def _number(count: int, thing: str) -> str:
 
 
 def images_and_ids(batch) -> tuple[Tensor, list[str]]:
+    """The images (batch, …) and their ids, as texts, of a batch in any of the forms that `record` takes."""
     if hasattr(batch, "image") and hasattr(batch, "id"):
         images, ids = batch.image, batch.id
     elif isinstance(batch, Mapping) and {"image", "id"} <= set(batch):
@@ -327,8 +331,9 @@ def images_and_ids(batch) -> tuple[Tensor, list[str]]:
     return images, ids
 
 
-def refuse_repeated(seen: list[str], new: list[str]) -> None:
-    repeated = set(seen) & set(new) or {image for image in new if new.count(image) > 1}
+def refuse_repeated(seen: set[str], new: list[str]) -> None:
+    """ValueError where an id of a batch was seen before, or comes twice in the batch."""
+    repeated = seen.intersection(new) or {image for image, count in Counter(new).items() if count > 1}
     if repeated:
         raise ValueError(f"image id {sorted(repeated)[0]!r} comes twice; every image is recorded once, by its id")
 

@@ -19,7 +19,7 @@ from similarity.moments import Moments
 from similarity.plane import Plane
 from similarity.policies import parse_policy, row_shape
 from similarity.reading import Reader, open_reader
-from similarity.recording import images_and_ids, refuse_repeated
+from similarity.recording import images_and_ids, refuse_repeated, with_bar
 from similarity.sites import resolve_sites
 
 
@@ -35,7 +35,9 @@ def stream_plane(
     forward: Callable[[nn.Module, Tensor], object] | None = None,
     precision: torch.dtype = torch.float64,
 ) -> Plane:
-    """Linear CKA between every site of A and every site of B (None: A with itself), each image read once.
+    """Linear CKA between every site of A and every site of B, each image read once.
+
+    model_b : None is A again: with `sites_b`, sites of A against other sites of A; without, all of A's with themselves
 
     loader, sites, policy, forward : as for `record`; under 'tokens' all sites must have as many positions
     precision : of the products of one batch's rows; sums are float64 (see `Moments`)
@@ -64,14 +66,15 @@ def stream(
     """(the sums over all rows, one Reader a model, images read); what `stream_plane` turns into a plane."""
     if parse_policy(policy)[0] == "map":
         raise ValueError("full maps have no rows; stream under 'gap', 'tokens', 'grid:g' or 'flat:g'")
-    models = [model_a] if model_b is None or model_b is model_a else [model_a, model_b]
+    with_itself = sites_b is None and (model_b is None or model_b is model_a)
+    models = [model_a] if with_itself else [model_a, model_a if model_b is None else model_b]
     wanted = [resolve_sites(model, sites) for model, sites in zip(models, (sites_a, sites_b))]
     strict = [sites is not None for sites in (sites_a, sites_b)]
-    sums, readers, seen = Moments(precision), [], []
-    for batch in tqdm(loader, desc="streaming", unit="batch", disable=None):
+    sums, readers, seen = Moments(precision), [], set()
+    for batch in with_bar(loader, "streaming"):
         images, ids = images_and_ids(batch)
         refuse_repeated(seen, ids)
-        seen += ids
+        seen.update(ids)
         if not readers:
             readers = [
                 open_reader(model, images, sites, [policy], strict=must, forward=forward)
@@ -109,5 +112,5 @@ def _refuse_too_large(readers: list[Reader], policy: str, size: tuple[int, int])
             "sites of one size, or 'gap' or 'grid:g'"
         )
     what = f"streaming {len(widths[0])} × {len(widths[-1])} sites under {policy}"
-    print(f"{what}: {memory.size(needed)}, whatever the number of images", file=sys.stderr)
+    tqdm.write(f"{what}: {memory.size(needed)}, whatever the number of images", file=sys.stderr)
     memory.refuse_more_than_available(needed, what, "choose fewer sites, or record and use `plane`")

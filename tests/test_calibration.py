@@ -6,9 +6,8 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from similarity import Recording, Site, calibration, measures, plane
+from similarity import calibration, measures, plane
 from similarity.calibration import (
     geometric_ceiling,
     matched_depth_pairs,
@@ -19,13 +18,7 @@ from similarity.calibration import (
     word,
 )
 from similarity.measures import MEASURES, NotComputable
-
-
-def made(features, ids=None, policy="gap"):
-    features = {name: torch.as_tensor(np.asarray(tensor), dtype=torch.float32) for name, tensor in features.items()}
-    count = len(next(iter(features.values())))
-    sites = [Site(name, ("batch", "channel")) for name in features]
-    return Recording(features, [f"i{k:03d}" for k in range(count)] if ids is None else ids, sites, policy, "m", "d")
+from tests.made import made
 
 
 def gaussian(*shape, seed=0):

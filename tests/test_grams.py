@@ -5,13 +5,9 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from similarity import Recording, Site, cells, grams, measures, plane
+from similarity import cells, grams, measures, plane
 from similarity.rdm import average_ranks
-
-
-def made(features):
-    ids = [f"i{k}" for k in range(len(next(iter(features.values()))))]
-    return Recording(features, ids, [Site(name, ("batch", "channel")) for name in features], "gap", "m", "d")
+from tests.made import made
 
 
 def correlated(n, widths, seed, mean=1.0, dtype=torch.float32):

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.multiprocessing
 from torch import nn
+from tqdm import tqdm
 
-from similarity import Recording, Site, cells, measures, moments, plane, record, stream_plane
+from similarity import cells, measures, moments, plane, record, stream_plane
 from similarity.measures import NotComputable
 from similarity.moments import Moments
+from tests.made import made
 
 
 def gaussian(*shape, seed=0, mean=0.0):
@@ -102,6 +104,9 @@ def one_process(rank, folder):
     sums = fed(A, B, 8, *((0, 25) if rank == 0 else (25, 60)))
     sums.all_reduce()
     np.save(f"{folder}/{rank}.npy", sums.cka()[0])
+    other = fed(A, dict(reversed(B.items())) if rank else B, 8)
+    with pytest.raises(ValueError, match="every process the same sites in the same order"):
+        other.all_reduce()
     torch.distributed.destroy_process_group()
 
 
@@ -164,6 +169,14 @@ def test_rows_that_do_not_fit_are_refused(left, right, complaint):
     assert sums.n == 6  # nothing of it was taken in
 
 
+def test_a_first_update_without_rows_changes_nothing():
+    X = gaussian(9, 3)
+    sums = Moments()
+    sums.update({"a": X[:0]})
+    sums.update({"a": X})
+    np.testing.assert_allclose(sums.cka()[0], 1)
+
+
 def test_moments_of_other_sites_are_not_merged_and_too_few_rows_give_no_number():
     with pytest.raises(ValueError, match="these Moments began with"):
         fed_simply({"a": gaussian(6, 2)}).merge(fed_simply({"b": gaussian(6, 2)}))
@@ -174,11 +187,6 @@ def test_moments_of_other_sites_are_not_merged_and_too_few_rows_give_no_number()
 
 
 # -------------------------------------------------------------------------------------------------- chosen by planes
-
-
-def made(features, policy="gap"):
-    ids = [f"i{k}" for k in range(len(next(iter(features.values()))))]
-    return Recording(features, ids, [Site(name, ("batch", "channel")) for name in features], policy, "m", "d")
 
 
 @pytest.mark.parametrize("n", [500, 30_000])
@@ -256,6 +264,19 @@ def test_streaming_two_models_equals_recording_them(policy):
     assert (streamed.rows, streamed.n_images, streamed.policy) == (recorded.rows, 11, policy)
     alone = stream_plane(A, None, loader, sites, policy=policy)
     np.testing.assert_allclose(np.diag(alone.values), 1, atol=1e-12)
+    for second in (A, None):  # other sites of the same model
+        between = stream_plane(A, second, loader, sites, sites[-1:], policy)
+        np.testing.assert_allclose(between.values, alone.values[:, -1:], atol=1e-12)
+
+
+def test_a_bar_over_batches_is_drawn_on_a_terminal_and_only_one(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    loader = [(torch.rand(4, 3, 8, 8), list("abcd"))]
+    stream_plane(Net(0), None, loader)
+    assert "streaming:" in capsys.readouterr().err
+    stream_plane(Net(0), None, tqdm(loader, desc="mine"))
+    drawn = capsys.readouterr().err
+    assert "mine:" in drawn and "streaming:" not in drawn
 
 
 def test_sites_of_different_sizes_have_no_common_tokens_and_repeated_images_are_refused(capsys):

@@ -6,11 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 
-from similarity import Recording, Site, measures, moments, plane
+from similarity import measures, moments, plane
 from similarity.measures import MEASURES, FewImages, NotComputable
 from similarity.plane import Plane
+from tests.made import made
 
 OPTIONS = [
     ("linear_cka", {}),
@@ -39,14 +39,6 @@ OPTIONS = [
 def of_itself(name, rows, options):
     k = options.get("k", 10 if name != "information_imbalance" else 1)
     return {"1": 1, "0": 0, "(k + 1)/n": (k + 1) / rows}[MEASURES[name].identical]
-
-
-def made(features, ids=None, policy="gap"):
-    """A recording of given tensors, (n, channel) or (n, position, channel)."""
-    features = {name: torch.as_tensor(np.asarray(tensor), dtype=torch.float32) for name, tensor in features.items()}
-    count = len(next(iter(features.values())))
-    sites = [Site(name, ("batch", "channel"), part=name[0]) for name in features]
-    return Recording(features, [f"i{k:03d}" for k in range(count)] if ids is None else ids, sites, policy, "m", "d")
 
 
 def gaussian(*shape, seed=0, mean=0.0):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models import ModelSpec, build_model, lesion_logits, query_weights
@@ -13,21 +12,11 @@ from similarity import Recording, Site, open_reader, record, record_models
 from similarity.hooks import run_quietly
 from similarity.policies import POLICIES, canonical, reduce, weighs_queries
 from similarity.reading import normalized
+from tests.made import batches, images_of
 
 DECODER = "model.transformer_module.decoder"
 LAYERS = [f"{DECODER}.layers.0"]
 EMBEDDER = f"{DECODER}.mask_predictor.mask_embedder.2"
-
-
-def images_of(count, side=64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    coarse = F.interpolate(torch.rand(count, 3, 4, 4, generator=generator), size=side, mode="bilinear")
-    return 0.7 * coarse + 0.3 * torch.rand(count, 3, side, side, generator=generator)
-
-
-def batches(images, size=8, ids=None):
-    ids = [f"ISIC_{i:07d}" for i in range(len(images))] if ids is None else ids
-    return [(images[i : i + size], ids[i : i + size]) for i in range(0, len(images), size)]
 
 
 @pytest.fixture(scope="module")

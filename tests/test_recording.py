@@ -15,22 +15,11 @@ from similarity import Recording, Site, list_sites, measures, plane, record, rec
 from similarity.hooks import Listener, run_quietly
 from similarity.policies import reduce
 from similarity.recording import hash_model
+from tests.made import batches, images_of
 
 DECODER = "model.transformer_module.decoder"
 EMBEDDER = f"{DECODER}.mask_predictor.mask_embedder.2"
 QUERIES = ("query", "batch", "channel")
-
-
-def images_of(count, side=64, seed=0):
-    """Pictures with large and small structure, in [0, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = F.interpolate(torch.rand(count, 3, 4, 4, generator=generator), size=side, mode="bilinear")
-    return 0.7 * coarse + 0.3 * torch.rand(count, 3, side, side, generator=generator)
-
-
-def batches(images, size=8, ids=None):
-    ids = [f"ISIC_{i:07d}" for i in range(len(images))] if ids is None else ids
-    return [(images[i : i + size], ids[i : i + size]) for i in range(0, len(images), size)]
 
 
 @pytest.fixture(scope="module")

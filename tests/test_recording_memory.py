@@ -11,17 +11,9 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 from models import ModelSpec, build_model
 from similarity import Site, estimate_bytes, list_sites, open_reader, record, record_models, recording
 from similarity.policies import row_shape
+from tests.made import batches, images_of
 
 POLICIES = ("gap", "grid:2", "flat:2", "tokens", "map", "mask", "mean")
-
-
-def images_of(count, side=64):
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def batches(images, size=4):
-    ids = [f"ISIC_{i:07d}" for i in range(len(images))]
-    return [(images[i : i + size], ids[i : i + size]) for i in range(0, len(images), size)]
 
 
 class Small(nn.Module):
@@ -45,7 +37,7 @@ def kept_bytes(recordings):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_estimate_is_what_a_recording_keeps_to_the_byte(name, policy):
     model, images = build_model(ModelSpec(name, "smoke")), images_of(5)
-    recordings = record_models({"m": model}, batches(images), policies=(policy,))["m"]
+    recordings = record_models({"m": model}, batches(images, 4), policies=(policy,))["m"]
     sites = list_sites(model, images[:1], model.default_sites())
     assert estimate_bytes(sites, (policy,), (64, 64), 5) == kept_bytes(recordings) > 0
 
@@ -59,7 +51,7 @@ def test_the_estimate_adds_up_over_policies_and_images():
 
 def test_numbers_of_a_double_model_are_twice_as_long():
     images = images_of(5)
-    recordings = record_models({"m": Small().double()}, batches(images), policies=POLICIES[:1])["m"]
+    recordings = record_models({"m": Small().double()}, batches(images, 4), policies=POLICIES[:1])["m"]
     sites = list_sites(Small(), images[:1])
     assert estimate_bytes(sites, ("gap",), (64, 64), 5, itemsize=8) == kept_bytes(recordings) == 5 * 8 * (6 + 2)
 
@@ -87,7 +79,7 @@ def said(capsys):
 
 def test_one_line_says_what_will_be_kept(capsys):
     models = {"a": Small(), "b": Small()}
-    record_models(models, batches(images_of(8)), {"a": ["conv", "head"], "b": ["head"]})
+    record_models(models, batches(images_of(8), 4), {"a": ["conv", "head"], "b": ["head"]})
     assert said(capsys) == ["recording 2 models, 3 sites, up to 8 images under gap: 320 B"]  # 8 × (6 + 2 + 2) × 4
     record(Small(), batches(images_of(1)), ["conv"], "grid:4")
     assert said(capsys) == ["recording 1 model, 1 site, 1 image under grid:4: 384 B"]
@@ -112,10 +104,10 @@ class Stream(IterableDataset):
         ),
         (lambda data: Wrapping(data), "1 site, 10 images under gap: 320 B"),
         (
-            lambda data: batches(images_of(10)),
+            lambda data: batches(images_of(10), 4),
             "up to 12 images under gap: 384 B",
         ),  # an upper bound: 3 batches of up to 4
-        (lambda data: iter(batches(images_of(10))), "1 site under gap: 32 B an image"),
+        (lambda data: iter(batches(images_of(10), 4)), "1 site under gap: 32 B an image"),
         (lambda data: DataLoader(Stream(), 4, collate_fn=pairs), "1 site under gap: 32 B an image"),
     ],
     ids=["DataLoader", "sampler of some", "only a dataset", "list", "generator", "stream"],
@@ -146,9 +138,9 @@ def test_more_than_the_memory_at_hand_is_refused_before_the_pass_with_remedies(m
         r"use a coarser policy .*, fewer sites or fewer images"
     )
     with pytest.raises(MemoryError, match=sentence):
-        record(model, batches(images_of(20)), ["conv"], "map")
+        record(model, batches(images_of(20), 4), ["conv"], "map")
     assert passes == [1]  # the listing of one image
-    assert len(record(model, batches(images_of(20)), ["conv"], "grid:2")) == 20
+    assert len(record(model, batches(images_of(20), 4), ["conv"], "grid:2")) == 20
 
 
 def test_the_estimate_of_a_double_model_counts_eight_bytes(capsys):

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.utils import logging as transformers_logging
 
+import deformable_attention
 import model_sites
 from model_sites import sites as sites  # what a model computes, in order: asked for beside building it
+from set_criterion import SetCriterion, set_criterion
 from utils import InputError, atomic_path, closest, pick, seed_everything, write_text
 from weights import HUB_ERRORS, UNUSED_NORM, from_hub, load_pretrained_file, load_state, offline_message
 
@@ -69,6 +71,7 @@ _KNOWN_HUB_CONFIGS = {
 }
 TITLES = {"unetpp": "UNet++", "mask2former": "Mask2Former"}
 LABELS = {0: "background", 1: "lesion"}
+POINTS_PER_PIXEL = 4  # in the set loss: more points on a small map are the same few pixels read again
 LESION = 1  # its label among Mask2Former's classes
 
 
@@ -121,6 +124,7 @@ def _dress(model: nn.Module, spec: ModelSpec) -> nn.Module:
     model.declare_site = functools.partial(model_sites.declare_site, model)
     if spec.name == "mask2former":
         model.query_weights = functools.partial(query_weights, answer=spec.answer)
+        deformable_attention.speed_up(model)
     for role in spec.freeze:
         freeze(model, role)
     return model
@@ -375,19 +379,36 @@ def _query_number(masks: Tensor, answer: str) -> int:
 def set_loss(model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """Mask2Former's own loss: Hungarian matching of queries to a background and a lesion mask per image.
 
-    A label that has no pixel in an image is left out of that image's targets.
+    A label that has no pixel in an image is left out of that image's targets. The loss looks at the configured number
+    of points a mask (12,544 by default: made for maps of 256 × 256), but at no more than `POINTS_PER_PIXEL` times the
+    pixels that the mask logits have.
     """
     name = _spec_of(model).name
     if name != "mask2former":
         raise InputError(f"loss 'set' needs a set of queries; {name} has none: use scaled_dice or dice_bce")
     both = torch.cat([1 - masks, masks], dim=1)
     present = both.flatten(2).any(-1)
-    output = model(
-        images,
-        mask_labels=[labels[here] for labels, here in zip(both, present)],
-        class_labels=[here.nonzero()[:, 0] for here in present],
+    output = model(images, output_auxiliary_logits=True)
+    layers = [
+        (output.masks_queries_logits, output.class_queries_logits),
+        *((layer["masks_queries_logits"], layer["class_queries_logits"]) for layer in output.auxiliary_logits),
+    ]
+    criterion = getattr(model, "module", model).criterion
+    count = criterion.get_num_masks([here.nonzero()[:, 0] for here in present], images.device)
+    return set_criterion(_criterion_settings(criterion, layers[0][0]), layers, both, present, count)
+
+
+def _criterion_settings(criterion: nn.Module, mask_logits: Tensor) -> SetCriterion:
+    pixels = mask_logits.shape[-2] * mask_logits.shape[-1]
+    return SetCriterion(
+        class_weight=criterion.matcher.cost_class,
+        mask_weight=criterion.matcher.cost_mask,
+        dice_weight=criterion.matcher.cost_dice,
+        no_object=criterion.eos_coef,
+        points=min(criterion.num_points, POINTS_PER_PIXEL * pixels),
+        oversample=criterion.oversample_ratio,
+        importance=criterion.importance_sample_ratio,
     )
-    return output.loss.sum()
 
 
 def freeze(model: nn.Module, role: str) -> None:

@@ -1,9 +1,9 @@
 """Multi-scale deformable attention on small maps, as one matrix product: equal to transformers' and faster on a CPU.
 
-Deformable attention (Zhu et al., *Deformable DETR*, 2021, equation 3) takes for each query a weighted sum of values read
-bilinearly at a few points. Reading bilinearly is itself a weighted sum of four pixels, so the whole is A V with a matrix
-A (queries, pixels) that is nearly empty. Where maps are small, filling A and one dense product cost less than reading
-every channel at every point; where they are large, and on a GPU, the library's way is taken.
+Deformable attention (Zhu et al., *Deformable DETR*, 2021, equation 3) takes for each query a weighted sum of values
+read bilinearly at a few points. Reading bilinearly is itself a weighted sum of four pixels, so the whole is A V with a
+matrix A (queries, pixels) that is nearly empty. Where maps are small, filling A and one dense product cost less than
+reading every channel at every point; where they are large, and on a GPU, the library's way is taken.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.utils import logging as transformers_logging
 
@@ -69,6 +70,7 @@ _KNOWN_HUB_CONFIGS = {
         "swin": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12}
     },
 }
+FREEZABLE = ("encoder", "encoder_statistics")
 TITLES = {"unetpp": "UNet++", "mask2former": "Mask2Former"}
 LABELS = {0: "background", 1: "lesion"}
 POINTS_PER_PIXEL = 4  # in the set loss: more points on a small map are the same few pixels read again
@@ -85,7 +87,7 @@ class ModelSpec:
     weights : 'none' (random), 'imagenet' (the pretrained ones of the preset, from the hub or its local cache), or a
         file: encoder or whole-model state as safetensors or legacy .pth; for mask2former also a folder
     normalization : 'imagenet', 'half' or 'none', see NORMALIZATIONS
-    freeze : modules (by role: 'encoder') whose parameters do not train and which stay in eval mode
+    freeze : 'encoder' (its parameters do not train, and it stays in eval mode) or 'encoder_statistics', see `freeze`
     answer : what `lesion_logits` means for Mask2Former: 'semantic', or 'query:1' (the earlier study's objective)
     options : overrides of the preset's entries, e.g. {'encoder_name': 'mobilenet_v2'} or {'num_queries': 20}
     """
@@ -412,17 +414,22 @@ def _criterion_settings(criterion: nn.Module, mask_logits: Tensor) -> SetCriteri
 
 
 def freeze(model: nn.Module, role: str) -> None:
-    """Stop training a module chosen by its role ('encoder'), and keep it in eval mode for good.
+    """Keep a part as it is for good, chosen by its role.
 
+    'encoder': its parameters do not train and it stays in eval mode. 'encoder_statistics': only its batch norms' running
+    means and variances stay (all parameters train). Weights whose batch norm was folded away need that: theirs are 0
+    and 1, and a batch's own statistics would make another function of them.
     By module, never by a substring of parameter names: Mask2Former's pixel decoder has an encoder of its own.
     """
-    if role != "encoder":
-        raise InputError(f"can freeze 'encoder', not {role!r}")
-    module = model_sites.encoder_of(model)
-    module.requires_grad_(False)
-    module.eval()
-    # batch norm in train mode would go on updating its statistics: train() of the parent must not reach in here
-    module.train = functools.partial(_stay_in_eval, module)
+    if role not in FREEZABLE:
+        raise InputError(f"can freeze {' or '.join(map(repr, FREEZABLE))}, not {role!r}")
+    encoder = model_sites.encoder_of(model)
+    kept = [encoder] if role == "encoder" else [part for part in encoder.modules() if isinstance(part, _BatchNorm)]
+    encoder.requires_grad_(role != "encoder")
+    for module in kept:
+        module.eval()
+        # in train mode batch norm would go on updating its statistics: train() of the parent must not reach in here
+        module.train = functools.partial(_stay_in_eval, module)
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:

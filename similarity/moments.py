@@ -267,8 +267,8 @@ class Moments:
         for process, theirs in enumerate(everyone):
             if theirs != everyone[0]:
                 raise ValueError(
-                    f"process 0 has the sites {_told(dict(everyone[0]))}, process {process} {_told(dict(theirs))}; give "
-                    "every process the same sites in the same order"
+                    f"process 0 has the sites {_told(dict(everyone[0]))}, process {process} {_told(dict(theirs))}; "
+                    "give every process the same sites in the same order"
                 )
 
     @property

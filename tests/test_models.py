@@ -335,8 +335,18 @@ def test_freezing_the_encoder_leaves_the_pixel_decoders_own_encoder_training(ima
     assert total - trainable == sum(p.numel() for p in model.model.pixel_level_module.encoder.parameters())
 
 
+def test_frozen_statistics_stay_while_every_parameter_trains():
+    model = build_model(dataclasses.replace(UNETPP, freeze=("encoder_statistics",))).train()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    lesion_logits(model, torch.rand(2, 3, 64, 64)).sum().backward()
+    same = {name: torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()}
+    assert all(kept == name.startswith("encoder.") for name, kept in same.items() if "running" in name)
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+
+
 def test_only_roles_can_be_frozen():
-    with pytest.raises(InputError, match="can freeze 'encoder', not 'decoder'"):
+    with pytest.raises(InputError, match="can freeze 'encoder' or 'encoder_statistics', not 'decoder'"):
         build_model(dataclasses.replace(UNETPP, freeze=("decoder",)))
 
 

@@ -117,7 +117,7 @@ def test_queries_that_overflow_are_matched_last_and_the_loss_says_so():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: all images are matched in one call there")
 def test_the_gpu_gives_the_same_loss_on_the_same_points(monkeypatch):
-    masks, present = targets()
+    masks, _ = targets()
     points = torch.rand(BATCH, 300, 2)
     settings = dataclasses.replace(SetCriterion(), points=300)
     import set_criterion as room

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
@@ -179,8 +177,8 @@ def cap(pairs: Sequence[Pair], n: int | None, seed: int = 0) -> list[Pair]:
 class SegmentationDataset(Dataset):
     """Pairs as `Sample`s. Everything is checked and cached on construction, so a bad file fails before any training.
 
-    With `augment` and `transform.flips`, the draw for an image depends on (seed, epoch, id) alone: not on the number
-    of workers, the order, or where a run was resumed. Call `set_epoch` before each epoch.
+    With `augment`, what `transform` says to draw anew is drawn for each image by (seed, epoch, id) alone: not by the
+    number of workers, the order, or where a run was resumed. Call `set_epoch` before each epoch.
     """
 
     def __init__(self, pairs, transform: Transform, *, augment: bool = False, seed: int = 0, cache=None) -> None:
@@ -190,7 +188,7 @@ class SegmentationDataset(Dataset):
         self.pairs, self.transform, self.seed, self.epoch = list(pairs), transform, seed, 0
         # Computed once: asking a network drive for two file dates per image and epoch is slow.
         self.files = [cache_file(pair, transform, cache) for pair in self.pairs]
-        self.augmenter = _dihedral() if augment and transform.flips else None
+        self.augmenter = _augmenter(transform, seed) if augment and transform != transform.unaugmented else None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -199,9 +197,7 @@ class SegmentationDataset(Dataset):
         pixels = self.pixels(index)
         image, mask = pixels[..., :3], pixels[..., 3]
         if self.augmenter is not None:
-            self.augmenter.set_random_seed(int(digest(self.seed, self.epoch, self.pairs[index].id)[:8], 16))
-            moved = self.augmenter(image=image, mask=mask)
-            image, mask = moved["image"], moved["mask"]
+            image, mask = self.augmenter(image, mask, self.epoch, self.pairs[index].id)
         # Scaled by NumPy: on busy cores PyTorch's threads wait for each other ten times longer than the work takes.
         scaled = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
         return Sample(torch.from_numpy(scaled), torch.from_numpy(mask[None].astype(np.float32)), self.pairs[index].id)
@@ -227,16 +223,10 @@ class SegmentationDataset(Dataset):
         return digest(parts)
 
 
-def _dihedral():
-    """One of the square's eight rotations and reflections, all equally likely.
+def _augmenter(transform: Transform, seed: int):
+    from augmentation import Augmenter  # here because albumentations takes seconds, and only training needs it
 
-    That is what two flips and a quarter turn make together, in one step: when albumentations' Compose is given a seed
-    it hands the same seed to every step, so two flips in a row would always be drawn alike and never mirror an image.
-    """
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for a newer release
-    import albumentations  # here because it takes seconds, and only training needs it
-
-    return albumentations.Compose([albumentations.D4(p=1.0)])
+    return Augmenter(transform, seed)
 
 
 class EpochShuffle(Sampler):
@@ -262,7 +252,6 @@ def _seed_worker(worker: int) -> None:
     """Nothing of ours draws from the global generators; a user's own transform may."""
     random.seed(torch.initial_seed())
     np.random.seed(torch.initial_seed() % 2**32)
-    cv2.setNumThreads(1)
 
 
 def make_loader(

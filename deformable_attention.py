@@ -98,5 +98,6 @@ def _neighbours(position: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], 
     share = position - low
     inside = ((low >= 0) & (low < size), (low >= -1) & (low < size - 1))
     zero, last = torch.zeros_like(size), size - 1
-    pixels = (low.clamp(zero, last), (low + 1).clamp(zero, last))
+    whole = low.nan_to_num()  # of a model that diverged: its shares stay NaN, and so does the answer
+    pixels = (whole.clamp(zero, last), (whole + 1).clamp(zero, last))
     return pixels, ((1 - share) * inside[0], share * inside[1])

@@ -25,10 +25,16 @@ from PIL import Image, ImageFilter
 
 from utils import InputError, atomic_path, digest, pick, progress
 
+# Before any worker process is forked: OpenCV's threads do not survive a fork, and a worker that touches them waits for
+# ever. Nothing is lost, since images are decoded and served by several threads or processes of ours.
+cv2.setNumThreads(1)
+
 CACHE_FORMAT = 1  # raise it whenever the same file and transform give other pixels
 MAX_PIXELS = 100_000_000  # the largest ISIC original has 30 million; a header that claims more is refused undecoded
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 RESAMPLING = {"area": None, "bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# What may be drawn anew each epoch -> (largest value, its unit); 0 is off. What it does to an image: augmentation.py.
+DRAWN_ANEW = {"rotate": (180, "degrees"), "scale": (0.9, "of the size"), "colour": (1, ""), "hair": (1, "")}
 # Two images are near duplicates when both hold. Chosen by eye on 2,000 ISIC 2018 images (2 million pairs): 10 pairs
 # pass and all 10 show one lesion; at 62 bits and 0.78 the round vignette of a microscope begins to pass for one.
 NEAR_BITS = 50
@@ -51,14 +57,20 @@ class Transform:
     size: side of the square output, pixels; other aspect ratios are squeezed to it, as the earlier study did.
     blur: radius of a Gaussian blur before resizing, in pixels of the original image; 0 is off, that study used 2.
     interpolation: of the image: 'area' (OpenCV), 'bicubic' or 'bilinear' (PIL, antialiased). Masks: always nearest.
-    flips: also one of the eight rotations and reflections of the square, drawn anew each epoch, where a data set
-        is asked to augment.
+    flips, rotate, scale, colour, hair: what is drawn anew each epoch where a data set is asked to augment; all are off
+        by default, and none changes the pixels that are cached or the data's fingerprint. flips: one of the eight
+        rotations and reflections of the square; rotate: turned by up to so many degrees either way; scale: zoomed by
+        1 - scale to 1 + scale; colour: strength of the change of colours; hair: probability of drawn hair.
     """
 
     size: int = 128
     blur: float = 0.0
     interpolation: str = "area"
     flips: bool = False
+    rotate: float = 0.0
+    scale: float = 0.0
+    colour: float = 0.0
+    hair: float = 0.0
 
     def __post_init__(self) -> None:
         pick("interpolation", self.interpolation, RESAMPLING)
@@ -66,6 +78,15 @@ class Transform:
             raise InputError(f"image size {self.size} is not between 8 and 4096 pixels; set size to 128, for example")
         if not 0 <= self.blur <= 100:
             raise InputError(f"blur {self.blur} is not a radius between 0 and 100 pixels; 0 turns it off")
+        for name, (most, unit) in DRAWN_ANEW.items():
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise InputError(f"{name} {value} is not between 0 and {most} {unit}".rstrip() + "; 0 turns it off")
+
+    @property
+    def unaugmented(self) -> Transform:
+        """The same pixels, with nothing drawn anew: for images that are scored, not trained on."""
+        return Transform(self.size, self.blur, self.interpolation)
 
 
 # ---- decoding and the cache -------------------------------------------------------------------------------------
@@ -90,6 +111,11 @@ def read_pixels(path: Path, transform: Transform) -> tuple[np.ndarray, tuple[int
     """((size, size, 3) uint8 RGB, (width, height) of the file in pixels) of an image without a mask, uncached."""
     image = _read_image(path).convert("RGB")
     return _resized(image, transform), image.size
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H, W) uint8 {0, 1} of a mask file at its own size, uncached."""
+    return _binary(_read_image(path), path)
 
 
 def _resized(image: Image.Image, transform: Transform) -> np.ndarray:

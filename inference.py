@@ -1,14 +1,18 @@
-"""Door: from a checkpoint to masks, per-image metrics with intervals, and pictures.
+"""Door: from checkpoints to masks, per-image metrics with intervals, and pictures.
 
 `python inference.py --checkpoint runs/unetpp/best --data FOLDER` scores a split; `--images FILE_OR_FOLDER` segments
-images that have no masks. Metrics are per image, at the model's input size.
+images that have no masks. Metrics are per image, at the model's input size or, with `--full_resolution`, at each
+image's own size, as the ISIC challenge scores. `--checkpoint` given several times is an ensemble; `--flips` averages
+each model's answers to the eight flipped and turned views. Averages are of probabilities, not of log-odds: there one
+answer that is sure of itself would outvote all the others.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -18,12 +22,14 @@ import torch
 from jsonargparse import CLI
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from torch.utils.data import DataLoader
 
 import pictures
 import visualization
 from dataset import IMAGE_SUFFIXES, Sample, find_splits, make_loader
 from dataset import SegmentationDataset as Images
-from images import Transform, read_pixels
+from images import Transform, read_mask, read_pixels
 from loss_metrics import image_metrics, summarize
 from models import TITLES, lesion_logits, load_model
 from utils import (
@@ -35,44 +41,151 @@ from utils import (
 )
 
 EXAMPLES = 4
+WORST = 10
+VIEWS = [(mirrored, turns) for mirrored in (False, True) for turns in range(4)]  # the square's eight symmetries
+
+Models = nn.Module | Sequence[nn.Module]
+
+
+# ---- predicting -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] -> lesion log-odds (B, 1, H, W) on the CPU, in eval mode."""
-    training = model.training
+def predict(model: Models, images: Tensor, flips: bool = False) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> lesion log-odds (B, 1, H, W) on the CPU, in eval mode.
+
+    Of several models: the log-odds of their mean probability. `flips`: each model's mean over the eight flips and
+    quarter turns of the images, turned back; the answer to a flipped image is then exactly the flipped answer.
+    """
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    if not models:
+        raise InputError("a prediction by no model was asked for; give at least one")
+    return mean_log_odds([_predict_one(each, images, flips) for each in models])
+
+
+def _predict_one(model: nn.Module, images: Tensor, flips: bool) -> Tensor:
+    images, training = images.to(next(model.parameters()).device), model.training
     model.eval()
     try:
-        return lesion_logits(model, images.to(next(model.parameters()).device)).float().cpu()
+        if not flips:
+            return lesion_logits(model, images).float().cpu()
+        views = ((view, lesion_logits(model, _turned(images, *view))) for view in VIEWS)
+        return mean_log_odds([_turned_back(logits.float().cpu(), *view) for view, logits in views])
     finally:
         model.train(training)
 
 
-def score(model: nn.Module, loader: Iterable[Sample], label: str = "scoring") -> tuple[pd.DataFrame, dict[str, Tensor]]:
+def _turned(images: Tensor, mirrored: bool, turns: int) -> Tensor:
+    return (images.flip(-1) if mirrored else images).rot90(turns, (-2, -1)).contiguous()
+
+
+def _turned_back(maps: Tensor, mirrored: bool, turns: int) -> Tensor:
+    maps = maps.rot90(-turns, (-2, -1))
+    return maps.flip(-1) if mirrored else maps
+
+
+def mean_log_odds(answers: Sequence[Tensor]) -> Tensor:
+    """Log-odds of the mean probability of K answers of log-odds, of any one shape; of one answer: itself.
+
+    log Σ σ(x) − log Σ σ(−x), in log space because probabilities round to 1 from log-odds of 17 on. The answers are
+    sorted first, pixel by pixel, so that their order does not show even in the last bit.
+    """
+    if len(answers) == 1:
+        return answers[0]
+    ordered = torch.from_numpy(np.sort(torch.stack(list(answers)).numpy(), axis=0))
+    lesion, skin = (functools.reduce(torch.logaddexp, logsigmoid(sign * ordered)) for sign in (1, -1))
+    return lesion - skin
+
+
+def _answers(
+    model: Models, loader: Iterable[Sample], label: str, flips: bool = False
+) -> Iterator[tuple[Sample, Tensor]]:
+    for batch in progress(loader, desc=label, unit="batch"):
+        yield batch, predict(model, batch.image, flips)
+
+
+# ---- scoring ----------------------------------------------------------------------------------------------------
+
+
+def score(
+    model: Models, loader: Iterable[Sample], label: str = "scoring", flips: bool = False
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """(one row an image: id and metrics; {id: lesion log-odds (1, H, W)}) over a loader."""
     rows, logits = [], {}
-    for batch in progress(loader, desc=label, unit="batch"):
-        output = predict(model, batch.image)
-        rows.append(pd.DataFrame({"id": batch.id} | image_metrics(output > 0, batch.mask > 0.5)))
+    for batch, output in _answers(model, loader, label, flips):
+        rows.append(_at_input_size(batch, output))
         logits |= dict(zip(batch.id, output))
     return pd.concat(rows, ignore_index=True), logits
 
 
+def score_split(
+    model: Models,
+    loader: DataLoader,
+    *,
+    flips: bool = False,
+    full_resolution: bool = False,
+    masks: Path | None = None,
+) -> pd.DataFrame:
+    """One row an image: id and metrics, over a loader of a data set; `masks`: a folder for the predicted masks, too.
+
+    `full_resolution`: the log-odds are upsampled bilinearly to the size of the image's own mask, cut at 0 and compared
+    with that mask as it is in its file; the table then has the columns width and height in pixels. One batch at the
+    model's size and one image at its own are in memory, however many there are.
+    """
+    pairs = {pair.id: pair for pair in loader.dataset.pairs}
+    rows = []
+    for batch, output in _answers(model, loader, "scoring", flips):
+        if not full_resolution:
+            rows.append(_at_input_size(batch, output))
+        for id_, logits in zip(batch.id, output):
+            if full_resolution:
+                rows.append(_at_own_size(id_, logits, read_mask(pairs[id_].mask)))
+            if masks is not None:
+                with Image.open(pairs[id_].image) as original:  # reads the header only
+                    save_mask(logits, original.size, masks / f"{id_}_segmentation.png")
+    return pd.concat(rows, ignore_index=True)
+
+
+def _at_input_size(batch: Sample, logits: Tensor) -> pd.DataFrame:
+    return pd.DataFrame({"id": batch.id} | image_metrics(logits > 0, batch.mask > 0.5))
+
+
+def _at_own_size(id_: str, logits: Tensor, truth: np.ndarray) -> pd.DataFrame:
+    """The row of one image: lesion log-odds (1, h, w) against its mask (H, W) {0, 1}."""
+    height, width = truth.shape
+    prediction = own_size(logits, (width, height))
+    metrics = image_metrics(torch.from_numpy(prediction)[None], torch.from_numpy(truth)[None])
+    return pd.DataFrame({"id": [id_], "width": width, "height": height} | metrics)
+
+
+def own_size(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Lesion log-odds (1, h, w) -> bool (H, W) for size (W, H) in pixels: resized bilinearly, then cut at 0."""
+    return cv2.resize(logits[0].numpy(), size, interpolation=cv2.INTER_LINEAR) > 0
+
+
 def save_mask(logits: Tensor, size: tuple[int, int], path: Path) -> None:
-    """Lesion log-odds (1, H, W) -> {0, 255} PNG of (width, height) pixels: upsampled bilinearly, then cut at 0."""
-    full = cv2.resize(logits[0].numpy(), size, interpolation=cv2.INTER_LINEAR)
-    Image.fromarray(np.where(full > 0, 255, 0).astype(np.uint8)).save(path)
+    """Lesion log-odds (1, h, w) -> {0, 255} PNG of (width, height) pixels."""
+    Image.fromarray(own_size(logits, size).astype(np.uint8) * 255).save(path)
 
 
-def segment_files(model: nn.Module, transform: Transform, files: Sequence[Path], out: Path) -> pd.DataFrame:
+# ---- images without masks ---------------------------------------------------------------------------------------
+
+
+def segment_files(
+    model: Models, transform: Transform, files: Sequence[Path], out: Path, flips: bool = False
+) -> pd.DataFrame:
     """Masks of images without ground truth, at each image's own size, and a table of id and lesion share."""
     rows = []
     for file in progress(files, desc="segmenting", unit="image"):
         pixels, size = read_pixels(file, transform)
-        logits = predict(model, torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float()[None] / 255)[0]
+        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float() / 255
+        logits = predict(model, image[None], flips)[0]
         save_mask(logits, size, out / f"{file.stem}_segmentation.png")
         rows.append({"id": file.stem, "lesion_share": float((logits > 0).float().mean())})
     return pd.DataFrame(rows)
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
 
 
 def picture(
@@ -85,76 +198,152 @@ def picture(
     synthetic: bool,
 ):
     """Side by side: image with its true contour, and the prediction, for the first images of the data set."""
-    chosen = [dataset[i] for i in range(min(EXAMPLES, len(dataset)))]
-    ids = [sample.id for sample in chosen]
+    caption = f"First {split} images in order of id; {_which_iou(metrics)}."
+    title = "What does the model outline?"
+    return _draw(dataset, first_ids(dataset), logits, metrics, name, title, caption, synthetic)
+
+
+def picture_of_worst(
+    dataset: Images,
+    logits: dict[str, Tensor],
+    metrics: pd.DataFrame,
+    name: str,
+    *,
+    split: str = "test",
+    synthetic: bool,
+):
+    """As `picture`, for the images of lowest IoU, the worst on top."""
+    ids = worst_ids(metrics)
+    caption = f"The {len(ids)} of {len(metrics)} {split} images with the lowest IoU; {_which_iou(metrics)}."
+    title = "Which images does the model get most wrong?"
+    return _draw(dataset, ids, logits, metrics, name, title, caption, synthetic)
+
+
+def first_ids(dataset: Images) -> list[str]:
+    return dataset.ids[:EXAMPLES]
+
+
+def worst_ids(metrics: pd.DataFrame) -> list[str]:
+    return metrics.nsmallest(WORST, "iou")["id"].tolist()
+
+
+def _which_iou(metrics: pd.DataFrame) -> str:
+    place = "each image's own size, drawn at the model's input size" if "width" in metrics else "the model's input size"
+    return f"IoU per image at {place}"
+
+
+def _draw(dataset: Images, ids: Sequence[str], logits, metrics, name, title: str, caption: str, synthetic: bool):
+    place = {id_: index for index, id_ in enumerate(dataset.ids)}
+    chosen = [dataset[place[id_]] for id_ in ids]
     return pictures.example_predictions(
         torch.stack([sample.image for sample in chosen]).numpy(),
         torch.stack([sample.mask for sample in chosen]).numpy() > 0.5,
-        {name: torch.stack([logits[i] for i in ids]).numpy() > 0},
+        {name: torch.stack([logits[id_] for id_ in ids]).numpy() > 0},
         ids,
-        {name: metrics.set_index("id").loc[ids, "iou"].tolist()},
-        title="What does the model outline?",
-        caption=f"First {split} images in order of id; IoU per image at the model's input size.",
+        {name: metrics.set_index("id").loc[list(ids), "iou"].tolist()},
+        title=title,
+        caption=caption,
         synthetic=synthetic,
     )
 
 
+# ---- the door ---------------------------------------------------------------------------------------------------
+
+
 def infer(
-    checkpoint: Path,
+    checkpoint: Path | list[Path],
     data: Path | None = None,
     images: Path | None = None,
     split: str = "test",
     out: Path = Path("runs/inference"),
     batch_size: int = 16,
     device: str = "auto",
+    flips: bool = False,
+    full_resolution: bool = False,
 ) -> None:
     """Segment a split with masks (metrics, intervals, pictures) or images without.
 
     Args:
-        checkpoint: a folder that train.py wrote, such as runs/unetpp/best
+        checkpoint: a folder that train.py wrote, such as runs/unetpp/best; given several times, the mean of their
+            probabilities
         data: folder in ISIC 2018's layout, to score one of its splits
         images: an image file, or a folder of them, to segment without scoring
         split: train, validation or test, with --data
         out: where masks, tables and pictures go; must be new or empty
         batch_size: images at a time
         device: auto, cpu or cuda
+        flips: mean probability over the eight flips and quarter turns of each image; takes eight times as long
+        full_resolution: score at each image's own size, against its mask as it is, as the ISIC challenge does
     """
     if (data is None) == (images is None):
         raise InputError("give either --data (a folder with masks, to score) or --images (a file or folder to segment)")
+    if full_resolution and images is not None:
+        raise InputError("--full_resolution is for --data; with --images every mask has its image's own size anyway")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"output folder {out} is a file; choose another with --out")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"output folder {out} is not empty; choose another with --out")
     device_found = resolve_device(device)
-    model, extra = load_model(checkpoint)
-    model.to(device_found)
-    transform = Transform(**{**extra.get("transform", {}), "flips": False})
+    models, transform, synthetic = load_ensemble(checkpoint)
+    for model in models:
+        model.to(device_found)
     if images is not None:
         files = image_files(Path(images))
         refuse_unusable(files, transform)
         out.mkdir(parents=True, exist_ok=True)
-        write_table(segment_files(model, transform, files, out), out / "lesion_share.csv")
+        write_table(segment_files(models, transform, files, out, flips), out / "lesion_share.csv")
         print(f"{len(files)} masks in {out}")
         return
     splits = find_splits(data)
     if split not in splits:
         raise InputError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
-    dataset = Images(splits[split], transform)
-    metrics, logits = score(model, make_loader(dataset, batch_size))
+    loader = make_loader(Images(splits[split], transform), batch_size)
+    options = {"flips": flips, "full_resolution": full_resolution}
+    _score_into(out, models, loader, options, {"split": split, "synthetic": synthetic})
+
+
+def load_ensemble(checkpoints: Path | Sequence[Path]) -> tuple[list[nn.Module], Transform, bool]:
+    """(the models, the transform they share without augmentation, whether any was trained on synthetic images)."""
+    folders = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    if not folders:
+        raise InputError("--checkpoint names no folder; give at least one that train.py wrote")
+    models, extras = zip(*(load_model(folder) for folder in folders))
+    transforms = [Transform(**extra.get("transform", {})).unaugmented for extra in extras]
+    for folder, transform in zip(folders, transforms):
+        if transform != transforms[0]:
+            raise InputError(
+                f"{folders[0]} was trained on {_in_words(transforms[0])}, {folder} on {_in_words(transform)}; models "
+                "answer together only at one size: score them one at a time, or train them on the same images"
+            )
+    return list(models), transforms[0], any(extra.get("data") == "synthetic" for extra in extras)
+
+
+def _in_words(transform: Transform) -> str:
+    return f"images of {transform.size} px (blur {transform.blur:g}, {transform.interpolation})"
+
+
+def _score_into(out: Path, models: list[nn.Module], loader: DataLoader, options: dict, labels: dict) -> None:
+    """Write masks, tables and pictures of a split into a folder; `options` of `score_split`, `labels` of `picture`."""
+    dataset = loader.dataset
     (out / "masks").mkdir(parents=True, exist_ok=True)
-    for pair in dataset.pairs:
-        with Image.open(pair.image) as original:
-            save_mask(logits[pair.id], original.size, out / "masks" / f"{pair.id}_segmentation.png")
+    metrics = score_split(models, loader, masks=out / "masks", **options)
     summary = summarize(metrics)
     write_table(metrics, out / "per_image.csv")
     write_table(summary, out / "summary.csv")
-    figure = picture(
-        dataset, logits, metrics, TITLES[model.spec.name], split=split, synthetic=extra.get("data") == "synthetic"
-    )
-    visualization.save(figure, out / "examples.png")
+    shown = dict.fromkeys(first_ids(dataset) + worst_ids(metrics))
+    # asked again, one by one: keeping all log-odds would take a gigabyte for a thousand images of 512 px
+    images = {id_: dataset[dataset.ids.index(id_)].image for id_ in shown}
+    logits = {id_: predict(models, image[None], options["flips"])[0] for id_, image in images.items()}
+    name = TITLES[models[0].spec.name] if len(models) == 1 else f"mean of {len(models)} models"
+    for file, draw in (("examples.png", picture), ("worst.png", picture_of_worst)):
+        visualization.save(draw(dataset, logits, metrics, name, **labels), out / file)
     print(summary.round(4).to_string(index=False))
-    print(f"{len(metrics)} images of {split} at {transform.size} px; masks, per-image metrics and pictures in {out}")
+    where = "at their own sizes" if options["full_resolution"] else f"at {dataset.transform.size} px"
+    print(
+        f"{len(metrics)} images of {labels['split']} {where}; masks, per-image metrics and pictures in {out}, "
+        "the worst in worst.png"
+    )
 
 
 def image_files(path: Path) -> list[Path]:
@@ -184,6 +373,18 @@ def refuse_unusable(files: Sequence[Path], transform: Transform) -> None:
         raise InputError("; ".join(faults[:10]) + (f"; … and {len(faults) - 10} more" if len(faults) > 10 else ""))
 
 
+def repeatable(arguments: Sequence[str], option: str = "--checkpoint") -> list[str]:
+    """The same arguments with every further `--checkpoint` as `--checkpoint+`: else the parser keeps the last alone."""
+    seen, result = False, []
+    for argument in arguments:
+        if argument == option or argument.startswith(f"{option}="):
+            result.append(option + "+" * seen + argument.removeprefix(option))
+            seen = True
+        else:
+            result.append(argument)
+    return result
+
+
 if __name__ == "__main__":
     with sentences_instead_of_tracebacks():
-        sys.exit(CLI(infer, as_positional=False))
+        sys.exit(CLI(infer, as_positional=False, args=repeatable(sys.argv[1:])))

@@ -416,8 +416,8 @@ def _criterion_settings(criterion: nn.Module, mask_logits: Tensor) -> SetCriteri
 def freeze(model: nn.Module, role: str) -> None:
     """Keep a part as it is for good, chosen by its role.
 
-    'encoder': its parameters do not train and it stays in eval mode. 'encoder_statistics': only its batch norms' running
-    means and variances stay (all parameters train). Weights whose batch norm was folded away need that: theirs are 0
+    'encoder': its parameters do not train and it stays in eval mode. 'encoder_statistics': only its batch norms'
+    running means and variances stay (all parameters train). Weights whose batch norm was folded away need that: theirs are 0
     and 1, and a batch's own statistics would make another function of them.
     By module, never by a substring of parameter names: Mask2Former's pixel decoder has an encoder of its own.
     """

@@ -21,7 +21,11 @@ class ImageSource:
         image_size: side of the square images the models see, pixels
         blur: radius of a Gaussian blur of the original image, pixels; the earlier study used 2
         interpolation: 'area', 'bicubic' or 'bilinear'
-        flips: whether training images are flipped and turned by quarters, anew each epoch
+        flips: whether training images are flipped and turned by quarters, anew each epoch, as all that follows to hair
+        rotate: training images are turned by up to so many degrees either way (0 to 180); 0 is off
+        scale: training images are zoomed by 1 - scale to 1 + scale (0 to 0.9); 0 is off
+        colour: strength of the change in brightness, contrast, saturation and hue of training images (0 to 1)
+        hair: probability that dark hairs are drawn over a training image (0 to 1)
         synthetic_images: images of the synthetic set per split, drawn at `synthetic_size` pixels
         synthetic_size: side of the synthetic originals, pixels
         synthetic_seed: another seed is another synthetic set
@@ -33,6 +37,10 @@ class ImageSource:
     blur: float = 0.0
     interpolation: str = "area"
     flips: bool = True
+    rotate: float = 0.0
+    scale: float = 0.0
+    colour: float = 0.0
+    hair: float = 0.0
     synthetic_images: dict[str, int] = field(default_factory=lambda: {"Training": 240, "Validation": 60, "Test": 100})
     synthetic_size: int = 128
     synthetic_seed: int = 0
@@ -44,7 +52,8 @@ class ImageSource:
 
     @property
     def transform(self) -> Transform:
-        return Transform(self.image_size, self.blur, self.interpolation, self.flips)
+        pixels = (self.image_size, self.blur, self.interpolation)
+        return Transform(*pixels, self.flips, self.rotate, self.scale, self.colour, self.hair)
 
 
 def locate(source: ImageSource) -> Path:

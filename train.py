@@ -1,317 +1,337 @@
 """Door: one training loop for every model, on accelerate.
 
 `python train.py --model unetpp --data FOLDER --out runs/unetpp` trains, validates each epoch, keeps the best and the
-last checkpoint and a history CSV; the same command again continues where it stopped. Models are chosen by looking at
-validation images only; test images are for `inference.py`.
+last checkpoint and a history CSV; the same command again continues where it stopped, also after `kill -9`. Several
+processes: `accelerate launch --num_processes 2 train.py …`. Models are chosen by looking at validation images only;
+test images are for `inference.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from accelerate import PartialState
+from torch import nn
 
 import visualization
+from allocation import keep_freed_memory
+from averaging import AveragedWeights
+from checkpoints import full_disk_as_a_sentence, load_state, only_trainer, save_state, saved_extra
 from dataset import SegmentationDataset, make_loader
-from inference import score
-from loss_metrics import LOSSES, dice_bce
-from models import TITLES, ModelSpec, build_model, lesion_logits, save_model, set_loss
-from sources import ImageSource, open_datasets
+from frozen_features import cache_features
+from images import cache_folder
+from inference import predict
+from loss_metrics import dice_bce, image_metrics
+from model_sites import encoder_of
+from models import TITLES, build_model, save_model
+from optimization import make_optimizer, make_schedule
+from processes import (
+    close_connections,
+    gather_rows,
+    main_first,
+    make_accelerator,
+    on_main,
+    share_buffers,
+    share_of,
+    start_the_others,
+)
+from recipes import Recipe as Recipe  # studies and notebooks ask for it here
+from recipes import TrainConfig, check_cache_features, check_recipe, is_finished, objective
+from sources import open_datasets
 from utils import (
     InputError,
-    atomic_path,
-    closest,
     digest,
     open_run,
-    pick,
     progress,
     read_settings,
+    remove_leftovers,
     resolve_device,
     seed_everything,
     sentences_instead_of_tracebacks,
     write_table,
 )
-from weights import UNREADABLE
-
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-SCHEDULES = ("constant", "one_cycle")
-PRECISIONS = ("no", "fp16", "bf16")
+from watching import Scalars, StepMemory, read_batch, restore_generators
 
 
-@dataclass
-class Recipe:
-    """A model and how it is trained.
-
-    Args:
-        model: unetpp or mask2former
-        preset: demo, smoke, isic2018, …; for unetpp any encoder of segmentation-models-pytorch, for mask2former
-            swin_tiny, or any Swin-based hub name
-        weights: none, imagenet (the preset's pretrained ones), or a file
-        normalization: of the input: imagenet, half or none
-        freeze: roles of modules that do not train: encoder
-        answer: Mask2Former's lesion: semantic, or query:1 (the earlier study's)
-        options: overrides of the preset, e.g. {"encoder_name": "mobilenet_v2"}
-        loss: scaled_dice, dice_bce, set (Mask2Former's own); auto is set for mask2former and dice_bce for others
-        epochs: passes over the training images
-        batch_size: images a step
-        learning_rate: the highest one, with a schedule
-        weight_decay: of the optimiser
-        optimizer: adam or adamw
-        schedule: constant or one_cycle (over all epochs)
-        patience: stop when the validation IoU has not improved for so many epochs; 0 never stops early
-    """
-
-    model: str = "unetpp"
-    preset: str = "demo"
-    weights: str = "none"
-    normalization: str = "imagenet"
-    freeze: list[str] = field(default_factory=list)
-    answer: str = "semantic"
-    options: dict = field(default_factory=dict)
-    loss: str = "auto"
-    epochs: int = 10
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    optimizer: str = "adamw"
-    schedule: str = "one_cycle"
-    patience: int = 0
-
-    @property
-    def spec(self) -> ModelSpec:
-        return ModelSpec(
-            self.model, self.preset, self.weights, self.normalization, tuple(self.freeze), self.answer, self.options
-        )
-
-
-@dataclass
-class TrainConfig(ImageSource, Recipe):
-    """One training run: images, recipe, and where and how it runs.
-
-    Args:
-        seed: of the initial weights, the order of the images and their augmentation
-        out: run folder; the same settings continue it, others are refused
-        device: auto, cpu or cuda
-        workers: processes that read images
-        mixed_precision: no, fp16 or bf16
-    """
-
-    seed: int = 0
-    out: str = "runs/train"
-    device: str = "auto"
-    workers: int = 0
-    mixed_precision: str = "no"
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse a recipe that cannot run, before any image is read."""
-    if recipe.loss not in {"auto", "set", *LOSSES}:
-        raise InputError(f"unknown loss {recipe.loss!r}; closest: {closest(recipe.loss, ['set', *LOSSES])}")
-    pick("optimizer", recipe.optimizer, OPTIMIZERS)
-    if recipe.schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {recipe.schedule!r}; use one of {', '.join(SCHEDULES)}")
-    for name in ("epochs", "batch_size", "learning_rate"):
-        if not getattr(recipe, name) > 0:
-            raise InputError(f"{name} must be above 0, got {getattr(recipe, name)}")
-    for name in ("weight_decay", "patience"):
-        if not getattr(recipe, name) >= 0:
-            raise InputError(f"{name} must not be below 0, got {getattr(recipe, name)}")
-
-
-def is_finished(recipe: Recipe, validation_ious: Sequence[float]) -> bool:
-    """Whether all epochs are done, or none of the last `patience` improved on the best validation IoU."""
-    scores = list(validation_ious)
-    waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
-    return len(scores) >= recipe.epochs or bool(recipe.patience and waited >= recipe.patience)
-
-
-def objective(recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """(model, images, masks) -> loss, by name."""
-    name = recipe.loss
-    if name == "auto":
-        name = "set" if recipe.model == "mask2former" else "dice_bce"
-    if name == "set":
-        if recipe.model != "mask2former":
-            raise InputError(f"loss 'set' needs a set of queries; {recipe.model} has none: use scaled_dice or dice_bce")
-        return set_loss
-    loss = LOSSES[name]
-    return lambda model, images, masks: loss(lesion_logits(model, images), masks)
+def features_folder() -> Path:
+    """Where features of frozen encoders are kept: what ISIC_FEATURES names, or beside the cached images."""
+    return Path(os.environ.get("ISIC_FEATURES") or cache_folder().parent / "features")
 
 
 def train(config: TrainConfig, datasets: dict[str, SegmentationDataset] | None = None) -> Path:
     """Train as configured and return the run folder; a finished run returns at once, an interrupted one continues.
 
     The folder holds `best/` and `last/` (model.safetensors, model.json), history.csv, training_curves.png, config.yaml
-    and environment.json. `datasets` (train and validation) may be given when they are already open.
+    and environment.json, and what a later call continues from. `datasets` (train and validation) may be given when they
+    are already open.
     """
+    run = prepare(config, datasets)
+    on_main(run.accelerator, run.open_folder)
+    with contextlib.ExitStack() as held:
+        on_main(run.accelerator, lambda: held.enter_context(only_trainer(run.folder)))
+        run.resume()
+        run.finish_epochs()
+    return run.folder
+
+
+def prepare(config: TrainConfig, datasets: dict[str, SegmentationDataset] | None = None) -> _Run:
+    """Everything that can be refused before the first step, and a run that has written nothing yet."""
     check_recipe(config)
+    check_cache_features(config)
     device = resolve_device(config.device)
-    folder = Path(config.out)
-    if "encoder" in config.freeze and config.weights == "none":
-        print("note: the encoder is frozen at its random weights (weights: none); nothing in it is trained")
     loss = objective(config)
-    accelerator = _accelerator(config, device)
-    model = build_model(config.spec, config.seed)
-    datasets = datasets or open_datasets(config, seed=config.seed, needed=("train", "validation"))
-    settings = dataclasses.asdict(config) | {"data_hash": digest(*(datasets[k].fingerprint for k in sorted(datasets)))}
-    open_run(folder, settings, device)
-    run = _Run(config, model, datasets, accelerator, loss, folder)
-    run.resume()
-    run.finish_epochs()
-    return folder
+    accelerator = make_accelerator(device, config.mixed_precision)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if "encoder" in config.freeze and config.weights == "none":
+        accelerator.print("note: the encoder is frozen at its random weights (weights: none); nothing in it is trained")
+    model = main_first(accelerator, lambda: build_model(config.spec, config.seed))
+    needed = ("train", "validation")
+    datasets = datasets or main_first(accelerator, lambda: open_datasets(config, seed=config.seed, needed=needed))
+    return _Run(config, model, datasets, accelerator, loss)
 
 
-def _accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
-    if config.mixed_precision not in PRECISIONS:
-        raise InputError(f"unknown mixed precision {config.mixed_precision!r}; use one of {', '.join(PRECISIONS)}")
-    if config.mixed_precision == "fp16" and device.type == "cpu":
-        raise InputError("mixed precision fp16 needs a GPU; on the CPU use --mixed_precision no, or bf16")
-    # accelerate keeps the first run's device and precision for the whole process; a notebook may train with others
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=config.mixed_precision)
+def in_fast_layout(model: nn.Module, device: torch.device) -> nn.Module:
+    """Channels last on a GPU, whose tensor cores want it; on a CPU weight gradients would take up to twice as long."""
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
 class _Run:
     """The state of one training run, between its epochs."""
 
-    def __init__(self, config, model, datasets, accelerator, loss, folder):
-        self.config, self.folder, self.accelerator, self.loss = config, folder, accelerator, loss
-        self.data = datasets["train"]
+    def __init__(self, config, model, datasets, accelerator, loss):
+        self.config, self.folder, self.accelerator, self.loss = config, Path(config.out), accelerator, loss
+        self.datasets = {name: datasets[name] for name in ("train", "validation")}
         loader = make_loader(
-            self.data, config.batch_size, shuffle=True, seed=config.seed, workers=config.workers, drop_last=False
+            datasets["train"], config.batch_size, shuffle=True, seed=config.seed, workers=config.workers
         )
-        self.validation = make_loader(datasets["validation"], config.batch_size, workers=config.workers)
-        model = model.to(memory_format=torch.channels_last)  # convolutions run a fifth faster so
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = OPTIMIZERS[config.optimizer](trained, config.learning_rate, weight_decay=config.weight_decay)
-        self.schedule = _schedule(config, optimizer, len(loader))
+        mine = share_of(datasets["validation"], config.batch_size, accelerator)
+        self.validation = make_loader(mine, config.batch_size, workers=config.workers)
+        model = in_fast_layout(model, accelerator.device)
+        optimizer = make_optimizer(config, model)
+        self.schedule = make_schedule(config, optimizer, math.ceil(len(loader) / accelerator.num_processes))
+        self.average = AveragedWeights(model, config.average) if config.average else None
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
+        self.plain = accelerator.unwrap_model(self.model)
+        if self.average is not None:  # for its device and its precision; it is never trained
+            accelerator.prepare_model(self.average.module, evaluation_mode=True)
+        if config.cache_features:
+            self._cache_features()
+        if config.compile:
+            self.plain.compile()  # in place: the names of the weights stay
+        self.memory = StepMemory(self.plain)
         self.history: list[dict] = []
+
+    def _cache_features(self) -> None:
+        """A frozen encoder answers from files; that of the averaged weights is the same one."""
+        config, place = self.config, self.accelerator.process_index
+        views = 8 if config.flips else 1
+        rows = views * len(self.datasets["train"]) + len(self.datasets["validation"])
+        cache_features(self.plain, features_folder(), rows, place)
+        if self.average is not None:
+            encoder_of(self.average.module).forward = encoder_of(self.plain).forward
+
+    @property
+    def kept(self) -> nn.Module:
+        """The model that is validated and saved: the average of the weights, where there is one."""
+        return self.plain if self.average is None else self.average.module
 
     # ------------------------------------------------------------------------------------------------ the epochs
 
     def finish_epochs(self) -> None:
+        scalars = Scalars(self.folder, len(self.history)) if self.accelerator.is_main_process else None
         while not is_finished(self.config, [row["validation_iou"] for row in self.history]):
             started, epoch = time.perf_counter(), len(self.history)
-            train_loss = self._train_epoch(epoch)
-            row = {"epoch": epoch + 1, "train_loss": train_loss} | self._validate()
+            train_loss = self.train_epoch(epoch)
+            for model in (self.plain, *([self.average.module] if self.average else [])):
+                share_buffers(model, self.accelerator)
+            row = {"epoch": epoch + 1, "train_loss": train_loss} | self.validate()
             row |= {
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "seconds": round(time.perf_counter() - started, 2),
             }
             self.history.append(row)
             self._keep(row)
+            if scalars:
+                scalars.write(row)
+        if scalars:
+            scalars.close()
 
-    def _train_epoch(self, epoch: int) -> float:
-        # what is random inside an epoch (dropout, sampled points) is a function of seed and epoch, so that a
+    def train_epoch(self, epoch: int) -> float:
+        """Mean loss of the images served, by every process; what fills up their last step counts again."""
+        # what is random inside an epoch (dropout, sampled points) is a function of seed, epoch and process, so that a
         # resumed run draws what an uninterrupted one would have drawn
-        seed_everything(int(digest("epoch", self.config.seed, epoch)[:8], 16))
+        place = [self.accelerator.process_index] if self.accelerator.process_index else []
+        seed_everything(int(digest("epoch", self.config.seed, epoch, *place)[:8], 16))
         # not data.set_epoch: accelerate's loader sets its own count on the data set each time it is iterated
         self.loader.set_epoch(epoch)
         self.model.train()
         total = count = 0
         label = f"{self.config.model} seed {self.config.seed} epoch {epoch + 1}/{self.config.epochs}"
+        # an IoU of training batches would cost Mask2Former, whose loss needs no masks, another pass
+        known = {"validation_iou": f"{self.history[-1]['validation_iou']:.3f}"} if self.history else {}
         bar = progress(self.loader, desc=label, unit="batch")
-        for batch in bar:
+        for step, batch in enumerate(bar):
             value = self._step(batch)
+            if not math.isfinite(value):
+                self._stop(value, batch, epoch, step)
             total, count = total + value * len(batch.id), count + len(batch.id)
-            bar.set_postfix(loss=f"{total / count:.3f}")
-        return total / count
+            bar.set_postfix(loss=f"{total / count:.3f}", **known)
+        totals, counts = zip(*gather_rows([(total, count)]))
+        return sum(totals) / sum(counts)
 
     def _step(self, batch) -> float:
+        """The loss, after the step that it calls for; none is made where it is not finite."""
+        self.memory.remember()
         with self.accelerator.autocast():
             loss = self.loss(self.model, batch.image, batch.mask)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise InputError(
-                f"the loss became {value} on images {', '.join(batch.id)}; lower the learning rate, or train in full "
-                f"precision; the checkpoints of earlier epochs are in {self.folder}"
-            )
+            return value
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
+        if self.config.clip_norm:  # takes fp16's loss scale out of the gradients first
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
+        if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.average.update(self.plain)
         return value
 
-    def _validate(self) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model)
-        metrics, logits = score(model, self.validation, "validating")
-        masks = {image: mask for batch in self.validation for image, mask in zip(batch.id, batch.mask)}
-        # one validation loss for every model, whatever it trains on, so that their curves can be compared
-        stacked = [torch.stack([table[image] for image in metrics["id"]]) for table in (logits, masks)]
-        return {"validation_loss": float(dice_bce(*stacked)), "validation_iou": float(metrics["iou"].mean())}
+    def _stop(self, value: float, batch, epoch: int, step: int) -> None:
+        """Keep what the step began with, and end the run with a sentence."""
+        path = self.folder / "nan_batch.pt"
+        with full_disk_as_a_sentence(self.folder, f"the loss became {value}, and {path.name}"):
+            config = dataclasses.asdict(self.config)
+            self.memory.write(path, batch, epoch=epoch + 1, step=step, config=config)
+        raise InputError(
+            f"the loss became {value} on images {', '.join(batch.id)}; lower the learning rate, set clip_norm, or "
+            f"train in full precision; the step can be computed again from {path} (train.replay); the checkpoints of "
+            f"earlier epochs are in {self.folder}"
+        )
+
+    def validate(self) -> dict[str, float]:
+        """One pass over the validation images: each is decoded once, and the model sees it once."""
+        rows = []
+        for batch in progress(self.validation, desc="validating", unit="batch"):
+            logits = predict(self.kept, batch.image)
+            ious = image_metrics(logits > 0, batch.mask > 0.5)["iou"].tolist()
+            # one validation loss for every model, whatever it trains on, so that their curves can be compared
+            losses = [float(dice_bce(*pair)) for pair in zip(logits.split(1), batch.mask.cpu().split(1))]
+            rows += zip(batch.id, losses, ious)
+        table = pd.DataFrame(sorted(gather_rows(rows)), columns=["id", "validation_loss", "validation_iou"])
+        return {name: float(table[name].mean()) for name in ("validation_loss", "validation_iou")}
 
     # ------------------------------------------------------------------------------------------------- the folder
 
     def _keep(self, row: dict) -> None:
-        """Write best (when it is), last, history and curves; the resume file last, so that it never runs ahead."""
-        if not self.accelerator.is_main_process:
+        """Write what this epoch can be continued from, and after it what follows from it: see `_export`."""
+        on_main(self.accelerator, lambda: self._write(row["epoch"]))
+
+    def _write(self, epoch: int) -> None:
+        with full_disk_as_a_sentence(self.folder, f"the checkpoint of epoch {epoch}"):
+            save_state(self.folder, self._state())
+            self._export()
+
+    def _state(self) -> dict:
+        parts = {"schedule": self.schedule, "scaler": self.accelerator.scaler, "average": self.average}
+        return {
+            "model": self.plain.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+        } | {name: None if part is None else part.state_dict() for name, part in parts.items()}
+
+    def resume(self) -> None:
+        """Continue from the last finished epoch of this folder, if there is one."""
+        state = on_main(self.accelerator, self._find_state)
+        if state is None:
             return
-        model = self.accelerator.unwrap_model(self.model)
-        extra = {
+        self.plain.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        parts = {"schedule": self.schedule, "scaler": self.accelerator.scaler, "average": self.average}
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        self.history = state["history"]
+        on_main(self.accelerator, self._complete)
+
+    def open_folder(self) -> None:
+        """Make or check the run folder; the number of processes counts, because it multiplies the images of a step."""
+        hashes = digest(*(self.datasets[name].fingerprint for name in sorted(self.datasets)))
+        settings = dataclasses.asdict(self.config)
+        settings |= {"processes": self.accelerator.num_processes, "data_hash": hashes}
+        open_run(self.folder, settings, self.accelerator.device)
+
+    def _find_state(self) -> dict | None:
+        for place in (self.folder, self.folder / "best", self.folder / "last"):
+            remove_leftovers(place)
+        return load_state(self.folder)
+
+    def _complete(self) -> None:
+        """Write what a process that was killed between the state and its exports has left undone."""
+        last, best = self.history[-1], self._best()
+        undone = self._label(last) != saved_extra(self.folder / "last")
+        undone |= best is last and self._label(best) != saved_extra(self.folder / "best")
+        written = self.folder / "history.csv"
+        undone |= not written.exists() or len(pd.read_csv(written)) != len(self.history)
+        if undone:
+            with full_disk_as_a_sentence(self.folder, f"the checkpoint of epoch {last['epoch']}"):
+                self._export()
+
+    def _best(self) -> dict:
+        """The epoch of the highest validation IoU, the first of equals."""
+        return max(self.history, key=lambda row: row["validation_iou"])
+
+    def _label(self, row: dict) -> dict:
+        """What a checkpoint of this epoch says of itself."""
+        return {
             "transform": dataclasses.asdict(self.config.transform),
             "data": "synthetic" if self.config.is_synthetic else "folder",
             "seed": self.config.seed,
             "epoch": row["epoch"],
             "validation_iou": row["validation_iou"],
         }
-        if row["validation_iou"] > max((past["validation_iou"] for past in self.history[:-1]), default=-1.0):
-            save_model(model, self.folder / "best", extra)
-        save_model(model, self.folder / "last", extra)
+
+    def _export(self) -> None:
+        """Best (when it is), last, curves and history, from the state that is already safe: none runs ahead of it."""
+        row = self.history[-1]
+        if self._best() is row:
+            save_model(self.kept, self.folder / "best", self._label(row))
+        save_model(self.kept, self.folder / "last", self._label(row))
         history = pd.DataFrame(self.history)
-        write_table(history, self.folder / "history.csv")
         curves = visualization.training_curves(
             history.assign(model=TITLES[self.config.model], seed=self.config.seed),
-            caption=f"{len(self.data)} training images, {len(self.validation.dataset)} validation images.",
+            caption="{train} training images, {validation} validation images.".format(
+                **{name: len(data) for name, data in self.datasets.items()}
+            ),
             synthetic=self.config.is_synthetic,
         )
         visualization.save(curves, self.folder / "training_curves.png")
-        state = {
-            "model": model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "history": self.history,
-        }
-        with atomic_path(self.folder / "resume.pt") as temporary:
-            torch.save(state, temporary)
-
-    def resume(self) -> None:
-        """Continue from the last finished epoch of this folder, if there is one."""
-        path = self.folder / "resume.pt"
-        if not path.exists():
-            return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            raise InputError(
-                f"{path} is damaged ({type(error).__name__}); delete it to train this run anew: best/ and last/ stay"
-            ) from error
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.history = state["history"]
+        write_table(history, self.folder / "history.csv")
 
 
-def _schedule(config: Recipe, optimizer, steps: int):
-    if config.schedule == "constant":
-        return None
-    total = config.epochs * steps
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total)
+def replay(path: Path | str) -> float:
+    """The loss of the step in a nan_batch.pt, computed again from the weights and generators that it began with."""
+    kept = read_batch(Path(path))
+    config = TrainConfig(**kept["config"])
+    device = resolve_device(config.device)
+    accelerator = make_accelerator(device, config.mixed_precision)
+    model = build_model(dataclasses.replace(config.spec, weights="none"), config.seed)
+    model.load_state_dict(kept["model"])
+    model = accelerator.prepare_model(in_fast_layout(model, accelerator.device)).train()
+    restore_generators(kept["generators"])
+    with accelerator.autocast():
+        return float(objective(config)(model, kept["images"].to(device), kept["masks"].to(device)).detach())
 
 
 def load_config(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -321,11 +341,15 @@ def load_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train one model and print its history."""
-    folder = train(load_config(arguments))
-    history = pd.read_csv(folder / "history.csv")
-    best = history.loc[history["validation_iou"].idxmax()]
-    print(history.round(4).to_string(index=False))
-    print(f"best epoch {int(best['epoch'])}: validation IoU {best['validation_iou']:.4f}; checkpoints in {folder}")
+    config = load_config(arguments)
+    start_the_others(resolve_device(config.device))
+    folder = train(config)
+    if PartialState().is_main_process:
+        history = pd.read_csv(folder / "history.csv")
+        best = history.loc[history["validation_iou"].idxmax()]
+        print(history.round(4).to_string(index=False))
+        print(f"best epoch {int(best['epoch'])}: validation IoU {best['validation_iou']:.4f}; checkpoints in {folder}")
+    close_connections()
 
 
 if __name__ == "__main__":

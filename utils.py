@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,25 @@ RECORDED_PACKAGES = (
 )
 # Settings that say where and how fast a run goes, not what it computes.
 UNCOMPARED_SETTINGS = ("out", "device", "workers")
+# Settings that are newer than some results, with the value that means what was done before there were any: a run that
+# lacks one may be continued with this value.
+LATER_SETTINGS = {
+    "clip_norm": 0.0,
+    "warmup": 0.0,
+    "average": 0.0,
+    "encoder_learning_rate": 1.0,
+    "compile": False,
+    "cache_features": False,
+    "processes": 1,
+    "rotate": 0.0,
+    "scale": 0.0,
+    "colour": 0.0,
+    "hair": 0.0,
+}
+# What a killed process leaves beside its results: its lock, and a file that it was writing (see `atomic_path`).
+LEFTOVER = re.compile(
+    r"\.lock|\.(resume|config|environment|history|training_curves|model|nan_batch)-[a-z0-9_]{8}\.(pt|yaml|json|csv|png|safetensors)"
+)
 
 
 class InputError(ValueError):
@@ -122,8 +142,9 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def progress(iterable=None, **options):
-    """tqdm, silent when the output is neither a terminal nor a notebook, or TQDM_DISABLE is set."""
+    """tqdm, silent when the output is neither a terminal nor a notebook, TQDM_DISABLE is set, or others count too."""
     quiet = bool(os.environ.get("TQDM_DISABLE")) or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of several processes the first one draws the bar
     return tqdm(iterable, disable=quiet, leave=False, dynamic_ncols=True, **options)
 
 
@@ -141,6 +162,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk keep the names in a folder too, where the system lets a folder be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the half-written files that a killed process left in a folder of ours."""
+    for path in Path(folder).glob(".*"):
+        if LEFTOVER.fullmatch(path.name) and path.name != ".lock":
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -203,7 +241,7 @@ def environment(device: torch.device) -> dict:
 def refuse_other_run(folder: Path, config: Mapping) -> None:
     """Refuse a folder that is a file, holds something else, or a run with other settings; nothing is written.
 
-    Settings in `UNCOMPARED_SETTINGS` may differ between the runs.
+    Settings in `UNCOMPARED_SETTINGS` may differ between the runs, and `LATER_SETTINGS` may be absent from the old one.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -214,7 +252,7 @@ def refuse_other_run(folder: Path, config: Mapping) -> None:
     stored = folder / "config.yaml"
     if stored.exists():
         _refuse_other_config(folder, _stored_settings(stored), _plain(config))
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not LEFTOVER.fullmatch(path.name) for path in folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty and is no run of ours; choose another with --out")
 
 
@@ -252,6 +290,10 @@ def _refuse_other_config(folder: Path, old: Mapping, new: Mapping) -> None:
     old, new = (
         _flat({key: value for key, value in config.items() if key not in UNCOMPARED_SETTINGS}) for config in (old, new)
     )
+    for key in set(new) - set(old):
+        name = key.rpartition(".")[2]
+        if name in LATER_SETTINGS:
+            old[key] = LATER_SETTINGS[name]
     different = [key for key in sorted(set(old) | set(new)) if old.get(key, "absent") != new.get(key, "absent")]
     if different:
         named = [f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now" for key in different[:3]]

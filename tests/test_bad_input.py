@@ -119,7 +119,7 @@ def test_a_broken_image_set_is_named_by_every_door(
         arguments += ["--preset", "smoke", "--image_size", "32"]
     else:
         arguments = ["--config", str(HOME / "configs" / "smoke.yaml"), *arguments]
-    monkeypatch.setattr(training._Run, "_train_epoch", lambda *_: pytest.fail("training had begun"))
+    monkeypatch.setattr(training._Run, "train_epoch", lambda *_: pytest.fail("training had begun"))
     code, said = run_door(script, arguments, capsys, monkeypatch)
     assert code == 2 and said.startswith("error: ") and "Traceback" not in said
     assert all(word in said for word in words), said
@@ -133,11 +133,11 @@ BAD_ARGUMENTS = [
     ("train.py", "--model mask2former --preset smoky", ["'smoke'"]),
     ("train.py", "--loss scaled_dise", ["unknown loss 'scaled_dise'", "'scaled_dice'"]),
     ("train.py", "--loss set", ["loss 'set' needs a set of queries", "dice_bce"]),
-    ("train.py", "--freeze [decoder]", ["can freeze 'encoder', not 'decoder'"]),
+    ("train.py", "--freeze [decoder]", ["can freeze 'encoder' or 'encoder_statistics', not 'decoder'"]),
     ("train.py", "--answer query:x", ["unknown answer 'query:x'", "query:N"]),
     ("train.py", "--normalization imagnet", ["unknown normalization", "'imagenet'"]),
     ("train.py", "--optimizer sgd", ["unknown optimizer 'sgd'"]),
-    ("train.py", "--schedule cosine", ["unknown schedule 'cosine'"]),
+    ("train.py", "--schedule cosin", ["unknown schedule 'cosin'"]),
     ("train.py", "--epochs 0", ["epochs must be above 0, got 0"]),
     ("train.py", "--batch_size 0", ["batch_size must be above 0"]),
     ("train.py", "--device cuda", ["no CUDA device here", "--device cpu"]),

@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -378,6 +379,14 @@ def test_an_epoch_is_the_same_for_any_number_of_workers_and_after_resuming(augme
     assert same(batches(augmented, epoch=1), expected[1])
     assert [batch.id for batch in expected[0]] != [batch.id for batch in expected[1]]
     assert sorted(id_ for batch in expected[0] for id_ in batch.id) == augmented.ids
+
+
+def test_workers_start_after_opencv_has_worked_on_a_large_image(augmented):
+    """Its thread pool, once started, made every forked worker wait for ever."""
+    cv2.resize(np.zeros((3000, 4000, 3), np.uint8), (512, 512), interpolation=cv2.INTER_AREA)
+    loader = make_loader(augmented, 4, workers=2)
+    loader.timeout = 60  # seconds; then an error instead of a test that never ends
+    assert len(list(loader)) == 3 and cv2.getNumThreads() == 1
 
 
 def test_one_loader_follows_the_data_sets_epoch(augmented):

@@ -220,7 +220,7 @@ def test_a_second_run_recomputes_nothing(finished, root, capsys, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in kept}
     tables = {path.name: path.read_bytes() for path in finished.glob("*.csv")}
     assert len(before) >= 8 + 16
-    monkeypatch.setattr(door._Run, "_train_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(door._Run, "train_epoch", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(universality, "record_models", lambda *_, **__: pytest.fail("recorded again"))
     experiments.main(tiny(root, finished))
     assert {path: path.stat().st_mtime_ns for path in kept} == before

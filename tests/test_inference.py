@@ -2,17 +2,19 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from jsonargparse import CLI
 from PIL import Image
 
 import inference
 from dataset import SegmentationDataset, find_splits, make_loader
-from images import Transform
+from images import Transform, read_mask
 from loss_metrics import METRICS
 from models import ModelSpec, build_model, lesion_logits, save_model
 from utils import InputError
@@ -162,6 +164,178 @@ def test_scores_do_not_depend_on_the_batch_size_and_leave_the_models_mode(model,
         assert table["id"].tolist() == data.ids
         for name in data.ids:
             torch.testing.assert_close(logits[name], tables[0][1][name], atol=1e-4, rtol=1e-4)
+
+
+# ---- views and ensembles ----
+
+
+class Pointwise(torch.nn.Module):
+    """Log-odds from each pixel's colour and, unless `place` is 0, from where it is: then flips change the answer."""
+
+    def __init__(self, place: float, weight: float = 4.0) -> None:
+        super().__init__()
+        self.place, self.weight = place, torch.nn.Parameter(torch.tensor(weight))
+
+    def forward(self, images):
+        rows, columns = (torch.arange(n, dtype=torch.float32) for n in images.shape[-2:])
+        where = self.place * (rows[:, None] - 0.3 * columns + 0.01 * rows[:, None] * columns)
+        return self.weight * (images.sum(1, keepdim=True) - 1.5) + where
+
+
+def pictures_of(count=3, side=16):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def test_flips_leave_an_equivariant_models_answer():
+    even, images = Pointwise(0.0), pictures_of()
+    torch.testing.assert_close(inference.predict(even, images, flips=True), inference.predict(even, images))
+
+
+def test_with_flips_the_answer_to_a_flipped_image_is_exactly_the_flipped_answer(model):
+    for net, images in ((Pointwise(0.1), pictures_of()), (model, pictures_of(2, 64))):
+        answer = inference.predict(net, images, flips=True)
+        assert not torch.allclose(answer, inference.predict(net, images), atol=1e-3)
+        for move in (
+            lambda x: x.flip(-1),
+            lambda x: x.flip(-2),
+            lambda x: x.transpose(-1, -2),
+            lambda x: x.rot90(1, (-2, -1)),
+        ):
+            assert torch.equal(inference.predict(net, move(images), flips=True), move(answer))
+
+
+def test_flips_average_the_probabilities_of_eight_views():
+    """By NumPy in float64, from the model's answers to the eight views."""
+    net, images = Pointwise(0.1), pictures_of()
+    probabilities = []
+    for turns in range(4):
+        for mirrored in (False, True):
+            view = np.rot90(images.numpy(), turns, (2, 3))
+            view = view[..., ::-1] if mirrored else view
+            logits = inference.predict(net, torch.from_numpy(view.copy())).double().numpy()
+            logits = logits[..., ::-1] if mirrored else logits
+            probabilities.append(1 / (1 + np.exp(-np.rot90(logits, -turns, (2, 3)))))
+    mean = np.mean(probabilities, axis=0)
+    expected = torch.from_numpy(np.log(mean / (1 - mean))).float()
+    torch.testing.assert_close(inference.predict(net, images, flips=True), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_ensemble_is_the_mean_probability_even_where_float32_rounds_it_to_one():
+    known = [torch.tensor([0.0, 2.0, 60.0, -200.0]), torch.tensor([0.0, -1.0, 60.0, -200.0])]
+    mean = (1 / (1 + np.exp(-2.0)) + 1 / (1 + np.exp(1.0))) / 2
+    expected = torch.tensor([0.0, np.log(mean / (1 - mean)), 60.0, -200.0])
+    torch.testing.assert_close(inference.mean_log_odds(known), expected.float())
+    assert torch.equal(inference.mean_log_odds(known[::-1]), inference.mean_log_odds(known))
+    models, images = [Pointwise(0.1), Pointwise(0.0, -3.0)], pictures_of()
+    both = inference.mean_log_odds([inference.predict(each, images) for each in models])
+    assert torch.equal(inference.predict(models, images), both)
+    with pytest.raises(InputError, match="no model"):
+        inference.predict([], images)
+
+
+def test_an_ensemble_of_two_architectures_scores_a_split(checkpoint, model, uneven, tmp_path):
+    other = build_model(ModelSpec("unetpp", "smoke"), seed=1)
+    save_model(other, tmp_path / "other", {"transform": dataclasses.asdict(TRANSFORM), "data": "folder"})
+    inference.infer([checkpoint, tmp_path / "other"], data=uneven, out=tmp_path / "out", flips=True)
+    data = SegmentationDataset(find_splits(uneven)["test"], TRANSFORM)
+    table, _ = inference.score([model, other], make_loader(data, 3), flips=True)
+    written = pd.read_csv(tmp_path / "out" / "per_image.csv")
+    np.testing.assert_allclose(written["iou"], table["iou"], rtol=1e-5)
+
+
+def test_checkpoints_of_unequal_sizes_are_no_ensemble(checkpoint, model, uneven, tmp_path):
+    save_model(model, tmp_path / "large", {"transform": dataclasses.asdict(Transform(size=96)), "data": "folder"})
+    with pytest.raises(InputError, match=r"64 px \(blur 1, bicubic\), .*large on images of 96 px .*one at a time"):
+        inference.infer([checkpoint, tmp_path / "large"], data=uneven, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_may_be_named_several_times(capsys):
+    arguments = ["--checkpoint", "a", "--data", "d", "--checkpoint=b", "--checkpoint", "c"]
+    assert CLI(named, as_positional=False, args=inference.repeatable(arguments)) == [Path("a"), Path("b"), Path("c")]
+    assert CLI(named, as_positional=False, args=inference.repeatable(arguments[:4])) == Path("a")
+    assert CLI(named, as_positional=False, args=["--checkpoint", "[a, b]"]) == [Path("a"), Path("b")]
+
+
+def named(checkpoint: Path | list[Path], data: Path | None = None):
+    """A door with inference's own `checkpoint`."""
+    return checkpoint
+
+
+def test_augmentation_in_a_checkpoint_is_not_repeated_in_scoring(model, uneven, tmp_path):
+    drawn = dataclasses.replace(TRANSFORM, rotate=90, scale=0.5, colour=1, hair=1)
+    save_model(model, tmp_path / "drawn", {"transform": dataclasses.asdict(drawn)})
+    _, transform, _ = inference.load_ensemble(tmp_path / "drawn")
+    assert transform == Transform(TRANSFORM.size, TRANSFORM.blur, TRANSFORM.interpolation)
+
+
+# ---- full resolution ----
+
+
+def test_full_resolution_is_scored_against_the_unresized_masks(checkpoint, model, uneven, tmp_path, capsys):
+    """By PyTorch's interpolation and NumPy's counts, from the model's own log-odds at 64 px."""
+    inference.infer(checkpoint, data=uneven, out=tmp_path / "out", full_resolution=True, batch_size=2)
+    assert "3 images of test at their own sizes" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "out" / "per_image.csv")
+    data = SegmentationDataset(find_splits(uneven)["test"], TRANSFORM)
+    assert table[["width", "height"]].to_numpy().tolist() == [[64, 48], [50, 90], [33, 31]]
+    for index, pair in enumerate(data.pairs):
+        truth = np.asarray(Image.open(pair.mask)) > 0
+        logits = inference.predict(model, data[index].image[None])
+        full = torch.nn.functional.interpolate(logits, truth.shape, mode="bilinear", align_corners=False)[0, 0] > 0
+        found, union = full.numpy(), (full.numpy() | truth).sum()
+        assert table["iou"][index] == pytest.approx((found & truth).sum() / union, abs=2 / union)
+        assert table["accuracy"][index] == pytest.approx((found == truth).mean(), abs=2 / truth.size)
+        written = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{pair.id}_segmentation.png")) > 0
+        assert (written != found).sum() <= 2
+
+
+def test_a_perfect_answer_is_perfect_at_full_resolution_only_as_far_as_the_input_size_allows(uneven):
+    """Large log-odds of the resized mask itself: right everywhere but at the outline."""
+    data = SegmentationDataset(find_splits(uneven)["test"], Transform(size=64))
+    for index, pair in enumerate(data.pairs):
+        row = inference._at_own_size(pair.id, data[index].mask * 20 - 10, read_mask(pair.mask)).iloc[0]
+        assert 0.8 < row["iou"] <= 1 and row["id"] == pair.id
+
+
+def test_full_resolution_without_masks_is_refused(checkpoint, tmp_path):
+    with pytest.raises(InputError, match="--full_resolution is for --data"):
+        inference.infer(checkpoint, images=tmp_path, out=tmp_path / "out", full_resolution=True)
+
+
+def test_originals_are_scored_at_their_own_size(checkpoint, shared, tmp_path):
+    root = shared / "data" / "isic_original_size"
+    inference.infer(checkpoint, data=root, out=tmp_path / "out", full_resolution=True)
+    table = pd.read_csv(tmp_path / "out" / "per_image.csv")
+    for pair, row in zip(find_splits(root)["test"], table.itertuples()):
+        with Image.open(pair.mask) as mask:
+            assert mask.size == (row.width, row.height)
+            truth = np.asarray(mask) > 0
+        found = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{pair.id}_segmentation.png")) > 0
+        assert row.iou == pytest.approx((found & truth).sum() / (found | truth).sum(), rel=1e-5)
+
+
+# ---- failures ----
+
+
+def test_the_worst_images_are_drawn_worst_first(checkpoint, synthetic_root, tmp_path):
+    inference.infer(checkpoint, data=synthetic_root, out=tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "per_image.csv")
+    ids = inference.worst_ids(table)
+    assert len(ids) == min(10, len(table)) and table.set_index("id").loc[ids, "iou"].is_monotonic_increasing
+    assert set(ids) == set(table.sort_values("iou")["id"][:10])
+    with Image.open(tmp_path / "out" / "worst.png") as worst, Image.open(tmp_path / "out" / "examples.png") as examples:
+        assert worst.height > examples.height  # eight images, not four
+
+
+def test_the_worst_pictures_carry_ids_and_scores(model, synthetic_root):
+    data = SegmentationDataset(find_splits(synthetic_root)["test"], Transform(size=64))
+    metrics, logits = inference.score(model, make_loader(data, 8))
+    figure = inference.picture_of_worst(data, logits, metrics, "model", synthetic=True)
+    labels = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
+    notes = [text.get_text() for ax in figure.axes for text in ax.texts if "IoU" in text.get_text()]
+    assert labels == inference.worst_ids(metrics)
+    assert [note[:8] for note in notes] == [f"IoU {iou:.2f}" for iou in sorted(metrics["iou"])]
 
 
 def test_a_mask_is_cut_after_upsampling(tmp_path):

@@ -1,7 +1,11 @@
 """Training: one loop for both models, resumable to the bit, chosen on validation, never near the test images."""
 
+import copy
 import dataclasses
 import json
+import math
+import sys
+import types
 
 import pandas as pd
 import pytest
@@ -10,8 +14,11 @@ from safetensors.torch import load_file
 
 import model_sites
 import train as door
-from dataset import SegmentationDataset
+from averaging import AveragedWeights
+from dataset import SegmentationDataset, make_loader
+from inference import score
 from models import ModelSpec, build_model, lesion_logits, load_model, set_loss
+from optimization import cosine, make_optimizer, make_schedule
 from sources import open_datasets
 from train import Recipe, TrainConfig, check_recipe, objective, train
 from utils import InputError
@@ -47,14 +54,14 @@ def same_weights(first, second) -> bool:
 
 def interrupt_epoch(monkeypatch, epoch: int) -> None:
     """The process dies after the first step of this epoch (counted from 0)."""
-    inside, step = door._Run._train_epoch, door._Run._step
+    inside, step = door._Run.train_epoch, door._Run._step
 
     def train_epoch(self, current):
         if current == epoch:
             self._step = lambda batch: (step(self, batch), (_ for _ in ()).throw(KeyboardInterrupt))[0]
         return inside(self, current)
 
-    monkeypatch.setattr(door._Run, "_train_epoch", train_epoch)
+    monkeypatch.setattr(door._Run, "train_epoch", train_epoch)
 
 
 @pytest.mark.parametrize("model", ["unetpp", "mask2former"])
@@ -103,7 +110,7 @@ def test_a_finished_run_is_not_trained_again(base, uninterrupted, monkeypatch):
     folder = uninterrupted["unetpp"]
     kept = [folder / "best/model.safetensors", folder / "last/model.safetensors", folder / "history.csv"]
     before = [path.stat().st_mtime_ns for path in kept]
-    monkeypatch.setattr(door._Run, "_train_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(door._Run, "train_epoch", lambda *_: pytest.fail("trained again"))
     assert train(dataclasses.replace(base, out=str(folder))) == folder
     assert [path.stat().st_mtime_ns for path in kept] == before
 
@@ -138,9 +145,7 @@ def test_neither_validation_nor_training_sees_a_test_image(base, tmp_path, monke
 def scripted_validation(monkeypatch, scores) -> None:
     """Validation IoUs as written; each epoch's weights remain what training made them."""
     remaining = iter(scores)
-    monkeypatch.setattr(
-        door._Run, "_validate", lambda self: {"validation_loss": 1.0, "validation_iou": next(remaining)}
-    )
+    monkeypatch.setattr(door._Run, "validate", lambda self: {"validation_loss": 1.0, "validation_iou": next(remaining)})
 
 
 def test_best_is_the_epoch_of_the_highest_validation_iou_and_the_first_of_equals(base, tmp_path, monkeypatch):
@@ -161,7 +166,7 @@ def test_patience_stops_after_so_many_epochs_without_improvement(base, tmp_path,
 
 
 def test_a_loss_that_is_not_a_number_stops_and_names_the_images(base, tmp_path, monkeypatch):
-    inside = door._Run._train_epoch
+    inside = door._Run.train_epoch
 
     def spoilt(self, epoch):
         if epoch == 1:
@@ -169,13 +174,36 @@ def test_a_loss_that_is_not_a_number_stops_and_names_the_images(base, tmp_path, 
                 next(iter(self.model.parameters())).fill_(float("nan"))
         return inside(self, epoch)
 
-    monkeypatch.setattr(door._Run, "_train_epoch", spoilt)
+    monkeypatch.setattr(door._Run, "train_epoch", spoilt)
     for model in ("unetpp", "mask2former"):
         out = tmp_path / model
         with pytest.raises(InputError, match=r"loss became nan on images ISIC_\d+, ISIC_\d+.*lower the learning rate"):
             train(dataclasses.replace(base, model=model, limits={"train": 5}, out=str(out)))
         assert history(out)["epoch"].tolist() == [1]
         assert all(tensor.isfinite().all() for tensor in load_file(out / "last" / "model.safetensors").values())
+        assert math.isnan(door.replay(out / "nan_batch.pt"))
+
+
+@pytest.mark.parametrize("model", ["unetpp", "mask2former"])
+def test_the_step_that_stopped_a_run_is_computed_again_from_its_file(base, tmp_path, monkeypatch, model):
+    """A step that only passes for a broken one: what is replayed must be its loss to the bit, random points and all."""
+    calls = iter([True, True, False, False])
+    config = dataclasses.replace(base, model=model, average=0.9, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        numbers = types.SimpleNamespace(isfinite=lambda _: next(calls), ceil=math.ceil)  # asked twice a step
+        patch.setattr(door, "math", numbers)
+        with pytest.raises(
+            InputError, match=r"the loss became [\d.]+ on images .*nan_batch\.pt \(train\.replay\)"
+        ) as stop:
+            train(config)
+    said = str(stop.value)
+    assert door.replay(tmp_path / "run" / "nan_batch.pt") == float(said.split()[3])
+    kept = torch.load(tmp_path / "run" / "nan_batch.pt", weights_only=True)
+    assert (kept["epoch"], kept["step"]) == (1, 1)
+    assert kept["images"].shape == (5, 3, SIZE, SIZE) and kept["masks"].shape == (5, 1, SIZE, SIZE)
+    assert ", ".join(kept["ids"]) in said
+    torch.rand(3)
+    assert door.replay(tmp_path / "run" / "nan_batch.pt") == float(said.split()[3])
 
 
 @pytest.mark.parametrize("model", ["unetpp", "mask2former"])
@@ -196,7 +224,8 @@ def test_the_transform_is_kept_with_the_checkpoint(uninterrupted, base):
     for kept in ("best", "last"):
         _, extra = load_model(uninterrupted["unetpp"] / kept)
         assert extra["transform"] == dataclasses.asdict(base.transform)
-        assert extra["transform"] == {"size": SIZE, "blur": 0.0, "interpolation": "area", "flips": True}
+        expected = {"size": SIZE, "blur": 0.0, "interpolation": "area", "flips": True}
+        assert {name: extra["transform"][name] for name in expected} == expected
 
 
 def test_mask2former_trains_on_its_own_loss_unless_told_otherwise():
@@ -267,7 +296,12 @@ def test_other_settings_are_refused_and_nothing_is_changed(base, uninterrupted):
     [
         ({"loss": "scaled_dise"}, "unknown loss 'scaled_dise'; closest: 'scaled_dice'"),
         ({"optimizer": "adamm"}, "unknown optimizer 'adamm'; closest: 'adam"),
-        ({"schedule": "cosine"}, "unknown schedule 'cosine'; use one of constant, one_cycle"),
+        ({"schedule": "cosin"}, "unknown schedule 'cosin'; use one of constant, one_cycle, cosine"),
+        ({"warmup": 0.1}, "warmup belongs to the schedule cosine, not to one_cycle"),
+        ({"warmup": 1.0, "schedule": "cosine"}, "warmup must be at least 0 and below 1, got 1.0"),
+        ({"average": 1.0}, "average must be at least 0 and below 1"),
+        ({"clip_norm": -1.0}, "clip_norm must not be below 0"),
+        ({"encoder_learning_rate": 0.0}, "encoder_learning_rate must be above 0"),
         ({"epochs": 0}, "epochs must be above 0, got 0"),
         ({"batch_size": -1}, "batch_size must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
@@ -305,3 +339,197 @@ def test_the_command_trains_and_prints_its_best_epoch(base, tmp_path, capsys):
     )
     assert (out / "best" / "model.safetensors").is_file()
     assert "best epoch 1: validation IoU" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- the switches
+
+
+def test_cosine_climbs_linearly_and_falls_to_zero():
+    shares = [cosine(step, total=10, warm=2) for step in range(11)]
+    assert shares[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert shares[6] == pytest.approx(0.5) and shares[10] == pytest.approx(0, abs=1e-12)
+    assert shares[2:] == sorted(shares[2:], reverse=True)
+    assert cosine(0, total=10, warm=0) == 1
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle", "cosine"])
+@pytest.mark.parametrize("model", ["unetpp", "mask2former"])
+def test_the_encoder_may_learn_more_slowly_under_every_schedule(model, schedule):
+    recipe = Recipe(model=model, preset="smoke", encoder_learning_rate=0.1, schedule=schedule, epochs=2)
+    built = build_model(recipe.spec)
+    optimizer = make_optimizer(recipe, built)
+    plan = make_schedule(recipe, optimizer, 4)
+    rest, encoder = optimizer.param_groups
+    assert set(map(id, encoder["params"])) == set(map(id, model_sites.encoder_of(built).parameters()))
+    assert len(rest["params"]) + len(encoder["params"]) == len(list(built.parameters()))
+    for _ in range(8):
+        assert encoder["lr"] == pytest.approx(0.1 * rest["lr"])
+        optimizer.step()
+        if plan is not None:
+            plan.step()
+    frozen = build_model(dataclasses.replace(recipe, freeze=["encoder"]).spec)
+    assert len(make_optimizer(recipe, frozen).param_groups) == 1
+
+
+def gradient_norms(monkeypatch) -> list[float]:
+    norms, step = [], door._Run._step
+
+    def watched(self, batch):
+        value = step(self, batch)
+        gradients = [p.grad.flatten() for p in self.plain.parameters() if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+        return value
+
+    monkeypatch.setattr(door._Run, "_step", watched)
+    return norms
+
+
+def test_gradients_are_cut_to_the_norm_that_was_asked_for(base, tmp_path, monkeypatch):
+    norms = gradient_norms(monkeypatch)
+    config = dataclasses.replace(base, model="mask2former", epochs=1)
+    train(dataclasses.replace(config, out=str(tmp_path / "free")))
+    free = norms.copy()
+    norms.clear()
+    train(dataclasses.replace(config, out=str(tmp_path / "cut"), clip_norm=0.5))
+    assert min(free) > 1 and norms == pytest.approx([0.5] * len(free), rel=1e-4)
+
+
+def test_the_average_follows_its_formula_and_counts_are_copied():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    model.register_buffer("index", torch.tensor([0, 1, 2, 3]))  # as a Swin block's positions: rounding would spoil it
+    average = AveragedWeights(model, 0.3)
+    expected = {name: tensor.double().clone() for name, tensor in model.state_dict().items()}
+    for step in range(8):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), model[1].running_mean, model[1].running_var):
+                tensor.add_(torch.randn_like(tensor))
+            model[1].num_batches_tracked += 1
+        average.update(model)
+        decay = min(0.3, (1 + step) / (10 + step))
+        for name, tensor in model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
+    for name, tensor in average.module.state_dict().items():
+        torch.testing.assert_close(tensor.double(), expected[name].double(), rtol=1e-5, atol=1e-6)
+    assert average.module.index.tolist() == [0, 1, 2, 3] and average.module[1].num_batches_tracked == 8
+
+
+@pytest.mark.parametrize("model", ["unetpp", "mask2former"])
+def test_a_frozen_dressed_model_is_averaged_and_its_copy_stands_alone(model):
+    built = build_model(Recipe(model=model, preset="smoke", freeze=["encoder"]).spec)
+    average = AveragedWeights(built, 0.9).module
+    average.train()
+    assert not any(module.training for module in model_sites.encoder_of(average).modules())
+    assert average.default_sites.args[0] is average and average.spec == built.spec
+    assert [site.name for site in average.default_sites()] == [site.name for site in built.default_sites()]
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.fill_(float("nan"))
+    images = torch.rand(2, 3, 64, 64)
+    assert lesion_logits(average.eval(), images).isfinite().all()  # its own weights, and its own normalisation
+    copy.deepcopy(average)
+
+
+def test_what_is_validated_and_kept_is_the_average_and_the_state_holds_both(base, tmp_path, monkeypatch):
+    seen, step = [], door._Run._step
+
+    def watched(self, batch):
+        if not seen:
+            seen.append({name: value.double().clone() for name, value in self.plain.state_dict().items()})
+        value = step(self, batch)
+        seen.append({name: value.double().clone() for name, value in self.plain.state_dict().items()})
+        return value
+
+    monkeypatch.setattr(door._Run, "_step", watched)
+    folder = train(dataclasses.replace(base, epochs=2, average=0.6, out=str(tmp_path / "run")))
+    expected = seen[0]
+    for number, state in enumerate(seen[1:]):
+        decay = min(0.6, (1 + number) / (10 + number))
+        expected = {name: decay * expected[name] + (1 - decay) * state[name] for name in expected}
+    kept = load_file(folder / "last" / "model.safetensors")
+    for name, tensor in kept.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-4, atol=1e-6)
+    state = torch.load(folder / "resume.pt", weights_only=True)
+    assert all(torch.equal(state["average"]["model"][name], kept[name]) for name in kept)
+    assert any(not torch.equal(state["model"][name], kept[name]) for name in kept)
+    assert all(torch.equal(state["model"][name].double(), seen[-1][name]) for name in kept)
+    model, extra = load_model(folder / "last")
+    metrics, _ = score(model, make_loader(open_datasets(base)["validation"], base.batch_size))
+    assert extra["validation_iou"] == pytest.approx(metrics["iou"].mean(), abs=1e-9)
+
+
+def test_compiling_changes_no_name_and_with_eager_arithmetic_no_number(base, tmp_path, monkeypatch):
+    """PyTorch's tracer with its own kernels left out: those take a minute to build here."""
+    compiled, built = [], torch.compile
+
+    def eager(function, **options):
+        compiled.append(function)
+        return built(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", eager)
+    config = dataclasses.replace(base, epochs=1, limits={"train": 10}, average=0.5)
+    plain, traced = (
+        train(dataclasses.replace(config, compile=switch, out=str(tmp_path / str(switch)))) for switch in (False, True)
+    )
+    assert len(compiled) == 1 and same_weights(plain / "last", traced / "last")
+    load_model(traced / "best")
+
+
+# ------------------------------------------------------------------------------------------------------------ watched
+
+
+def test_each_validation_image_is_served_once_an_epoch(base, tmp_path, monkeypatch):
+    served, serve = [], SegmentationDataset.__getitem__
+    validation = set(open_datasets(base)["validation"].ids)
+
+    def watched(self, index):
+        sample = serve(self, index)
+        served.append(sample.id)
+        return sample
+
+    monkeypatch.setattr(SegmentationDataset, "__getitem__", watched)
+    train(dataclasses.replace(base, model="mask2former", epochs=2, out=str(tmp_path / "run")))
+    assert sorted(id_ for id_ in served if id_ in validation) == sorted([*validation, *validation])
+
+
+def test_tensorboard_gets_every_number_of_the_history_where_it_is_installed(base, tmp_path, monkeypatch):
+    written, opened = {}, []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    config = dataclasses.replace(base, model="mask2former", epochs=2, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        interrupt_epoch(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    table = history(train(config))
+    assert opened == [(str(tmp_path / "run" / "tensorboard"), step) for step in (1, 2)]
+    assert {step for _, step in written} == {1, 2} and {name for name, _ in written} == {*table} - {"epoch"}
+    assert [written["validation_iou", step] for step in (1, 2)] == pytest.approx(table["validation_iou"].tolist())
+
+
+def test_kept_features_of_a_frozen_encoder_train_the_same_model(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("ISIC_FEATURES", str(tmp_path / "features"))
+    config = dataclasses.replace(base, model="mask2former", freeze=["encoder"], epochs=3, average=0.5)
+    plain, kept = (
+        train(dataclasses.replace(config, cache_features=switch, out=str(tmp_path / str(switch))))
+        for switch in (False, True)
+    )
+    assert list((tmp_path / "features").iterdir())
+    numbers = ["train_loss", "validation_loss", "validation_iou"]
+    pd.testing.assert_frame_equal(history(plain)[numbers], history(kept)[numbers], rtol=1e-3)
+    with pytest.raises(InputError, match="cache_features needs a frozen encoder"):
+        train(dataclasses.replace(base, cache_features=True, out=str(tmp_path / "no")))
+    with pytest.raises(InputError, match="with hair no image comes twice"):
+        train(dataclasses.replace(config, cache_features=True, hair=0.5, out=str(tmp_path / "no")))

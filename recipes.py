@@ -1,0 +1,139 @@
+"""What is trained and how, as settings: their meaning, what is refused, when a training ends and what it minimises.
+
+A room without files: it opens no image and writes nothing, so a study can check its recipes before anything long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from loss_metrics import LOSSES
+from models import ModelSpec, lesion_logits, set_loss
+from optimization import check_optimization
+from sources import ImageSource
+from utils import InputError, closest
+
+
+@dataclass
+class Recipe:
+    """A model and how it is trained.
+
+    Args:
+        model: unetpp or mask2former
+        preset: demo, smoke, isic2018, …; for unetpp any encoder of segmentation-models-pytorch, for mask2former
+            swin_tiny, or any Swin-based hub name
+        weights: none, imagenet (the preset's pretrained ones), or a file
+        normalization: of the input: imagenet, half or none
+        freeze: roles of modules that do not train: encoder
+        answer: Mask2Former's lesion: semantic, or query:1 (the earlier study's)
+        options: overrides of the preset, e.g. {"encoder_name": "mobilenet_v2"}
+        loss: scaled_dice, dice_bce, set (Mask2Former's own); auto is set for mask2former and dice_bce for others
+        epochs: passes over the training images
+        batch_size: images a step, in each process
+        learning_rate: the highest one, with a schedule
+        weight_decay: of the optimiser
+        optimizer: adam or adamw
+        schedule: over all epochs: constant, one_cycle, or cosine (down to 0)
+        patience: stop when the validation IoU has not improved for so many epochs; 0 never stops early
+        warmup: share of all steps over which the schedule cosine first climbs, 0 to 1
+        clip_norm: the gradient's norm is cut down to this; 0 never
+        average: decay of an exponential moving average of the weights, such as 0.99, which is then what is validated
+            and kept; 0 keeps the weights themselves
+        encoder_learning_rate: factor on the encoder's learning rate
+        compile: whether torch.compile speeds the steps up; the first ones then take minutes
+    """
+
+    model: str = "unetpp"
+    preset: str = "demo"
+    weights: str = "none"
+    normalization: str = "imagenet"
+    freeze: list[str] = field(default_factory=list)
+    answer: str = "semantic"
+    options: dict = field(default_factory=dict)
+    loss: str = "auto"
+    epochs: int = 10
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    optimizer: str = "adamw"
+    schedule: str = "one_cycle"
+    patience: int = 0
+    warmup: float = 0.0
+    clip_norm: float = 0.0
+    average: float = 0.0
+    encoder_learning_rate: float = 1.0
+    compile: bool = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(
+            self.model, self.preset, self.weights, self.normalization, tuple(self.freeze), self.answer, self.options
+        )
+
+
+@dataclass
+class TrainConfig(ImageSource, Recipe):
+    """One training run: images, recipe, and where and how it runs.
+
+    Args:
+        seed: of the initial weights, the order of the images and their augmentation
+        out: run folder; the same settings continue it, others are refused
+        device: auto, cpu or cuda
+        workers: processes that read images
+        mixed_precision: no, fp16 or bf16
+        cache_features: whether a frozen encoder's answers are kept on disk (in ISIC_FEATURES, or beside the cached
+            images) and read from there; only where images repeat: flips may be on, other augmentation may not
+    """
+
+    seed: int = 0
+    out: str = "runs/train"
+    device: str = "auto"
+    workers: int = 0
+    mixed_precision: str = "no"
+    cache_features: bool = False
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot run, before any image is read."""
+    if recipe.loss not in {"auto", "set", *LOSSES}:
+        raise InputError(f"unknown loss {recipe.loss!r}; closest: {closest(recipe.loss, ['set', *LOSSES])}")
+    check_optimization(recipe)
+    for name in ("epochs", "batch_size"):
+        if not getattr(recipe, name) > 0:
+            raise InputError(f"{name} must be above 0, got {getattr(recipe, name)}")
+    if not recipe.patience >= 0:
+        raise InputError(f"patience must not be below 0, got {recipe.patience}")
+
+
+def is_finished(recipe: Recipe, validation_ious: Sequence[float]) -> bool:
+    """Whether all epochs are done, or none of the last `patience` improved on the best validation IoU."""
+    scores = list(validation_ious)
+    waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
+    return len(scores) >= recipe.epochs or bool(recipe.patience and waited >= recipe.patience)
+
+
+def check_cache_features(config: TrainConfig) -> None:
+    """Refuse to keep features of pictures that never come again, or of an encoder that changes."""
+    if config.cache_features and "encoder" not in config.freeze:
+        raise InputError("cache_features needs a frozen encoder; set --freeze [encoder], or leave cache_features out")
+    anew = [name for name in ("rotate", "scale", "colour", "hair") if getattr(config, name)]
+    if config.cache_features and anew:
+        raise InputError(
+            f"cache_features: with {', '.join(anew)} no image comes twice and nothing can be read again; leave one out"
+        )
+
+
+def objective(recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """(model, images, masks) -> loss, by name."""
+    name = recipe.loss
+    if name == "auto":
+        name = "set" if recipe.model == "mask2former" else "dice_bce"
+    if name == "set":
+        if recipe.model != "mask2former":
+            raise InputError(f"loss 'set' needs a set of queries; {recipe.model} has none: use scaled_dice or dice_bce")
+        return set_loss
+    loss = LOSSES[name]
+    return lambda model, images, masks: loss(lesion_logits(model, images), masks)

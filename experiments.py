@@ -11,11 +11,17 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from studies import universality
+from studies import segmentation, universality
 from utils import HOME, InputError, closest, format_seconds, read_settings, sentences_instead_of_tracebacks
 
-STUDIES = {"universality": (universality.UniversalityConfig, universality.run)}
-DEFAULT_CONFIG = {"universality": HOME / "configs" / "demo.yaml"}
+STUDIES = {
+    "universality": (universality.UniversalityConfig, universality.run),
+    "segmentation": (segmentation.SegmentationConfig, segmentation.run),
+}
+DEFAULT_CONFIG = {
+    "universality": HOME / "configs" / "demo.yaml",
+    "segmentation": HOME / "configs" / "segmentation_demo.yaml",
+}
 
 
 def load_config(study: str, arguments: Sequence[str] = ()):

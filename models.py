@@ -25,6 +25,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.utils import logging as transformers_logging
 
 import deformable_attention
+import dense_decoder
 import model_sites
 from model_sites import sites as sites  # what a model computes, in order: asked for beside building it
 from set_criterion import SetCriterion, set_criterion
@@ -73,7 +74,7 @@ _KNOWN_HUB_CONFIGS = {
 FREEZABLE = ("encoder", "encoder_statistics")
 TITLES = {"unetpp": "UNet++", "mask2former": "Mask2Former"}
 LABELS = {0: "background", 1: "lesion"}
-POINTS_PER_PIXEL = 4  # in the set loss: more points on a small map are the same few pixels read again
+FEWEST_POINTS = 1024  # in the set loss, however small the maps are
 LESION = 1  # its label among Mask2Former's classes
 
 
@@ -127,6 +128,8 @@ def _dress(model: nn.Module, spec: ModelSpec) -> nn.Module:
     if spec.name == "mask2former":
         model.query_weights = functools.partial(query_weights, answer=spec.answer)
         deformable_attention.speed_up(model)
+    else:
+        dense_decoder.speed_up(model)
     for role in spec.freeze:
         freeze(model, role)
     return model
@@ -382,8 +385,8 @@ def set_loss(model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """Mask2Former's own loss: Hungarian matching of queries to a background and a lesion mask per image.
 
     A label that has no pixel in an image is left out of that image's targets. The loss looks at the configured number
-    of points a mask (12,544 by default: made for maps of 256 × 256), but at no more than `POINTS_PER_PIXEL` times the
-    pixels that the mask logits have.
+    of points a mask (12,544 by default: made for maps of 256 × 256), but at no more than the mask logits have pixels or
+    `FEWEST_POINTS`, whichever is more: further points would read the same few pixels again.
     """
     name = _spec_of(model).name
     if name != "mask2former":
@@ -407,7 +410,7 @@ def _criterion_settings(criterion: nn.Module, mask_logits: Tensor) -> SetCriteri
         mask_weight=criterion.matcher.cost_mask,
         dice_weight=criterion.matcher.cost_dice,
         no_object=criterion.eos_coef,
-        points=min(criterion.num_points, POINTS_PER_PIXEL * pixels),
+        points=min(criterion.num_points, max(FEWEST_POINTS, pixels)),
         oversample=criterion.oversample_ratio,
         importance=criterion.importance_sample_ratio,
     )
@@ -417,8 +420,8 @@ def freeze(model: nn.Module, role: str) -> None:
     """Keep a part as it is for good, chosen by its role.
 
     'encoder': its parameters do not train and it stays in eval mode. 'encoder_statistics': only its batch norms'
-    running means and variances stay (all parameters train). Weights whose batch norm was folded away need that: theirs are 0
-    and 1, and a batch's own statistics would make another function of them.
+    running means and variances stay (all parameters train). Weights whose batch norm was folded away need that: theirs
+    are 0 and 1, and a batch's own statistics would make another function of them.
     By module, never by a substring of parameter names: Mask2Former's pixel decoder has an encoder of its own.
     """
     if role not in FREEZABLE:

@@ -75,7 +75,8 @@ def benchmarks_page() -> str:
         "(`benchmarks/requirements-peers.txt`).\n",
         "```bash\npython -m benchmarks.planes        # results/benchmarks/planes.csv, about a quarter of an hour\n"
         "python -m benchmarks.recording     # results/benchmarks/recording.csv\n"
-        "python -m benchmarks.sanity_check --data IMAGENETTE     # a folder of train/ and val/ with classes\n```\n",
+        "python -m benchmarks.sanity_check --data IMAGENETTE     # a folder of train/ and val/ with classes\n"
+        "python -m benchmarks.training --data ISIC2018           # results/benchmarks/training.csv\n```\n",
     ]
     for name, rows in planes.groupby("workload", sort=False):
         parts += [f"## {name.replace('_', ' ')}\n", _workload(stored[name]), _plane_rows(rows)]
@@ -83,7 +84,28 @@ def benchmarks_page() -> str:
     stamp = json.loads((BENCHMARKS / "recording.json").read_text(encoding="utf-8"))
     cells = [[_cell(value) for value in row] for row in recording.values.tolist()]
     parts += ["## Recording\n", _machine(stamp), markdown_table(recording.columns, cells)]
+    parts.append(_training())
     parts.append((BENCHMARKS / "sanity_check.md").read_text(encoding="utf-8").replace("# ", "## ", 1))
+    return "\n".join(parts)
+
+
+def _training() -> str:
+    """Our training loop beside the plain one."""
+    table = pd.read_csv(BENCHMARKS / "training.csv", keep_default_na=False)
+    stored = json.loads((BENCHMARKS / "training.json").read_text(encoding="utf-8"))
+    parts = [
+        "## Training\n",
+        "`train.py` beside the plain loop one would write (the library's set loss and number of points, its attention, "
+        "the default allocator, the encoder computed again each epoch), 128 px, 16 images a step, from the same seed, "
+        "epoch by epoch in turn. Speeds are medians over the epochs after the first; the validation IoU is that after "
+        "the last one, and low: it says whether both learned the same, not how well they can.\n",
+    ]
+    for name, rows in table.groupby("workload", sort=False):
+        config = stored[name]["config"]
+        what = f"{config['images']} images of `{config['data']}`, {config['epochs']} epochs. {_machine(stored[name])}"
+        columns = rows.columns.drop("workload")
+        cells = [[_cell(value) for value in row] for row in rows[columns].values.tolist()]
+        parts += [f"### {name.replace('_', ' ')}\n", what, markdown_table(columns, cells)]
     return "\n".join(parts)
 
 

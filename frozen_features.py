@@ -82,17 +82,21 @@ class _Store:
         self.row_of = {known[start : start + NAME]: row for row, start in enumerate(whole)}
 
     def keep(self, names: Sequence[bytes], answer) -> None:
-        """Write rows while there is room; a name is written after its row, so that what is named is whole."""
-        for place, name in enumerate(names):
-            row = len(self.row_of)
-            if name in self.row_of or row == self.rows:
-                continue
+        """Write rows while there is room; names are written after the rows, so that what is named is whole.
+
+        All names of a batch are one write: a run that was killed finds the batch or nothing of it, computes it together
+        as before, and so to the same bit.
+        """
+        places = {name: place for place, name in enumerate(names) if name not in self.row_of}
+        places = dict(list(places.items())[: self.rows - len(self.row_of)])
+        first = len(self.row_of)
+        for row, place in enumerate(places.values(), start=first):
             for file, part in zip(self.maps, _maps(answer)[self.from_input :]):
                 file[row] = part[place].float().cpu().numpy()
-            with open(self.log, "r+b" if self.log.exists() else "w+b") as log:
-                log.seek(row * NAME)
-                log.write(name)
-            self.row_of[name] = row
+        with open(self.log, "r+b" if self.log.exists() else "w+b") as log:
+            log.seek(first * NAME)
+            log.write(b"".join(places))
+        self.row_of |= {name: row for row, name in enumerate(places, start=first)}
 
     def answer(self, names: Sequence[bytes], images: Tensor):
         """As the encoder would have put it."""

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from segmentation_models_pytorch.decoders.unetplusplus.decoder import UnetPlusPlusDecoder
 from torch import nn
 
 import deformable_attention
@@ -27,12 +28,13 @@ from dataset import make_loader
 from inference import score
 from loss_metrics import dice_bce
 from models import ModelSpec, build_model
+from optimization import make_schedule
 from sources import open_datasets
 from utils import digest, seed_everything
 
 
 class Plain:
-    """The library's loss and point count, its attention, the default allocator, the encoder recomputed each epoch."""
+    """The libraries' loss and point count, attention and decoder; the default allocator; the encoder run each epoch."""
 
     def __init__(self, config: train.TrainConfig) -> None:
         self.config = config
@@ -41,12 +43,15 @@ class Plain:
         self.data = datasets["train"]
         self.loader = make_loader(self.data, config.batch_size, shuffle=True, seed=config.seed)
         self.validation = make_loader(datasets["validation"], config.batch_size)
-        self.model = build_model(ModelSpec(config.model, config.preset), config.seed)
+        self.model = build_model(ModelSpec(config.model, config.preset, options=config.options), config.seed)
+        if config.model == "unetpp":
+            self.model.decoder.__class__ = UnetPlusPlusDecoder
         self.encoder = model_sites.encoder_of(self.model)
         if config.freeze:
             self.encoder.requires_grad_(False)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+        self.schedule = make_schedule(config, self.optimizer, len(self.loader))
 
     def epoch(self, number: int) -> float:
         seed_everything(int(digest("epoch", self.config.seed, number)[:8], 16))
@@ -60,6 +65,8 @@ class Plain:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+            if self.schedule is not None:
+                self.schedule.step()
             total += loss.item() * len(batch.id)
         return total / len(self.data)
 

@@ -96,13 +96,16 @@ def _training() -> str:
     parts = [
         "## Training\n",
         "`train.py` beside the plain loop one would write (the library's set loss and number of points, its attention, "
-        "the default allocator, the encoder computed again each epoch), 128 px, 16 images a step, from the same seed, "
-        "epoch by epoch in turn. Speeds are medians over the epochs after the first; the validation IoU is that after "
-        "the last one, and low: it says whether both learned the same, not how well they can.\n",
+        "its decoder, the default allocator, the encoder computed again each epoch), 16 images a step, from the same "
+        "seed, epoch by epoch in turn. Speeds are medians over the epochs after the first; the validation IoU is that "
+        "after the last one: it says whether both learned the same, not how well they can.\n",
     ]
     for name, rows in table.groupby("workload", sort=False):
         config = stored[name]["config"]
-        what = f"{config['images']} images of `{config['data']}`, {config['epochs']} epochs. {_machine(stored[name])}"
+        kind = (
+            f"preset {config['preset']} at {config['image_size']} px, {config['images']} images of `{config['data']}`"
+        )
+        what = f"{kind}, {config['epochs']} epochs. {_machine(stored[name])}"
         columns = rows.columns.drop("workload")
         cells = [[_cell(value) for value in row] for row in rows[columns].values.tolist()]
         parts += [f"### {name.replace('_', ' ')}\n", what, markdown_table(columns, cells)]

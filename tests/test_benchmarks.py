@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import peer_environment, planes
+from benchmarks import peer_environment, planes, training
 from benchmarks.workloads import QUICK_SIZES, WORKLOADS, Sides, make_sides
 
 RUN = ("linear_cka_debiased", "rbf_cka_median")
@@ -107,3 +107,14 @@ def test_the_data_are_the_same_every_time_and_after_saving(tmp_path):
 def test_every_package_that_a_workload_needs_is_in_the_requirements():
     needed = {peer_environment.normal(one.package) for each in WORKLOADS for one in each.implementations if one.package}
     assert needed <= set(peer_environment.requirements())
+
+
+def test_both_training_loops_learn_the_same_and_get_their_row(tmp_path):
+    training.main(["--quick", "--threads", "1", "--only", "unetpp_frozen", "--out", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "training.csv").set_index("implementation")
+    assert list(table.index) == ["plain", "ours"] and table.loc["plain", "ratio"] == 1
+    speeds = table["images_per_second"]
+    assert table.loc["ours", "ratio"] == pytest.approx(speeds["ours"] / speeds["plain"], rel=1e-4)
+    assert table.loc["ours", "train_loss"] == pytest.approx(table.loc["plain", "train_loss"], rel=1e-3)
+    stamp = json.loads((tmp_path / "training.json").read_text())["unetpp_frozen"]
+    assert stamp["config"]["data"] == "synthetic" and stamp["environment"]["commit"]

@@ -34,6 +34,7 @@ from loss_metrics import image_metrics, summarize
 from models import TITLES, lesion_logits, load_model
 from utils import (
     InputError,
+    peak_memory,
     progress,
     resolve_device,
     sentences_instead_of_tracebacks,
@@ -342,7 +343,7 @@ def _score_into(out: Path, models: list[nn.Module], loader: DataLoader, options:
     where = "at their own sizes" if options["full_resolution"] else f"at {dataset.transform.size} px"
     print(
         f"{len(metrics)} images of {labels['split']} {where}; masks, per-image metrics and pictures in {out}, "
-        "the worst in worst.png"
+        f"the worst in worst.png; {peak_memory(next(models[0].parameters()).device)}"
     )
 
 

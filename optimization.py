@@ -49,7 +49,8 @@ def make_optimizer(recipe, model: nn.Module) -> Optimizer:
     inside = [parameter for parameter in trained if id(parameter) in encoder]
     if inside:  # a frozen encoder has none
         groups.append({"params": inside, "lr": recipe.learning_rate * recipe.encoder_learning_rate})
-    return OPTIMIZERS[recipe.optimizer](groups, recipe.learning_rate, weight_decay=recipe.weight_decay)
+    # fused: one pass over each tensor in place of eight
+    return OPTIMIZERS[recipe.optimizer](groups, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 
 
 def make_schedule(recipe, optimizer: Optimizer, steps: int) -> LRScheduler | None:

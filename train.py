@@ -51,6 +51,7 @@ from utils import (
     InputError,
     digest,
     open_run,
+    peak_memory,
     progress,
     read_settings,
     remove_leftovers,
@@ -348,7 +349,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         history = pd.read_csv(folder / "history.csv")
         best = history.loc[history["validation_iou"].idxmax()]
         print(history.round(4).to_string(index=False))
-        print(f"best epoch {int(best['epoch'])}: validation IoU {best['validation_iou']:.4f}; checkpoints in {folder}")
+        memory = peak_memory(resolve_device(config.device))
+        print(
+            f"best epoch {int(best['epoch'])}: validation IoU {best['validation_iou']:.4f}; {memory}; "
+            f"checkpoints in {folder}"
+        )
     close_connections()
 
 

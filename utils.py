@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -320,6 +321,19 @@ def format_seconds(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory this process has held so far, in words: of the GPU where it computes on one, else its own."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory at most"
+    used = psutil.Process().memory_info()
+    if hasattr(used, "peak_wset"):  # Windows
+        return f"{used.peak_wset / 1e9:.1f} GB of memory at most"
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory at most"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

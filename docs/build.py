@@ -102,10 +102,8 @@ def _training() -> str:
     ]
     for name, rows in table.groupby("workload", sort=False):
         config = stored[name]["config"]
-        kind = (
-            f"preset {config['preset']} at {config['image_size']} px, {config['images']} images of `{config['data']}`"
-        )
-        what = f"{kind}, {config['epochs']} epochs. {_machine(stored[name])}"
+        kind = f"Preset {config['preset']} at {config['image_size']} px, {config['epochs']} epochs"
+        what = f"{kind} of {config['images']} images of `{config['data']}`. {_machine(stored[name])}"
         columns = rows.columns.drop("workload")
         cells = [[_cell(value) for value in row] for row in rows[columns].values.tolist()]
         parts += [f"### {name.replace('_', ' ')}\n", what, markdown_table(columns, cells)]

@@ -139,3 +139,11 @@ def test_durations_are_readable(seconds, text):
 
 def test_markdown_tables_are_githubs():
     assert utils.markdown_table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |\n"
+
+
+def test_the_peak_of_memory_holds_what_was_once_there():
+    before = float(utils.peak_memory(torch.device("cpu")).split()[0])
+    _ = torch.ones(150_000_000)  # 0.6 GB
+    del _
+    after = float(utils.peak_memory(torch.device("cpu")).split()[0])
+    assert after >= max(0.6, before)

@@ -21,7 +21,7 @@ from dataset import SegmentationDataset, make_loader
 from images import Transform
 from inference import load_ensemble, score_split
 from loss_metrics import METRICS
-from models import build_model
+from models import TITLES, build_model
 from recipes import TrainConfig, check_recipe, objective
 from sources import open_datasets
 from train import train
@@ -74,7 +74,8 @@ def run(config: SegmentationConfig) -> Path:
         train_one(name, seed, job, datasets[name])
     metrics = pd.concat([score_variant(config, name, datasets) for name in (RECIPE, *config.variants)])
     write_table(metrics, folder / "per_image.csv")
-    report(config, folder, metrics, {key: Path(job.out) for key, job in jobs.items()})
+    counts = {split: len(data) for split, data in datasets[RECIPE].items()}
+    report(config, folder, metrics, counts, {key: Path(job.out) for key, job in jobs.items()})
     return folder
 
 
@@ -199,7 +200,7 @@ def summarize_variants(metrics: pd.DataFrame, metric: str = "iou") -> pd.DataFra
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def report(config: SegmentationConfig, folder: Path, metrics: pd.DataFrame, outs: dict) -> None:
+def report(config: SegmentationConfig, folder: Path, metrics: pd.DataFrame, counts: dict, outs: dict) -> None:
     """summary.csv and summary.md, history.csv and learning_curves.png of a results folder."""
     tables = [summarize_variants(metrics, metric).assign(metric=metric) for metric in METRICS]
     summary = pd.concat(tables, ignore_index=True)
@@ -207,38 +208,36 @@ def report(config: SegmentationConfig, folder: Path, metrics: pd.DataFrame, outs
     parts = [pd.read_csv(out / "history.csv").assign(variant=key[0], seed=key[1]) for key, out in outs.items()]
     history = pd.concat(parts, ignore_index=True)
     write_table(history, folder / "history.csv")
-    sizes = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     figure = visualization.training_curves(
         history.rename(columns={"variant": "model"}),
-        caption=f"Validation at the model's input size ({config.image_size} px), one pass an epoch.",
+        caption=f"{counts['train']} training and {counts['validation']} validation images at {config.image_size} px.",
         synthetic=config.is_synthetic,
     )
     visualization.save(figure, folder / "learning_curves.png")
-    write_text(folder / "summary.md", _page(config, summary, history, sizes))
+    write_text(folder / "summary.md", _page(config, summary, history, counts))
     print(_table(summary, "iou"))
 
 
-def _page(config: SegmentationConfig, summary: pd.DataFrame, history: pd.DataFrame, hashes: dict) -> str:
+def _page(config: SegmentationConfig, summary: pd.DataFrame, history: pd.DataFrame, counts: dict) -> str:
     minutes = history.groupby(["variant", "seed"])["seconds"].sum() / 60
     data = "**synthetic** images" if config.is_synthetic else f"`{Path(config.data).name}`"
     size = "each image's own size" if config.full_resolution else f"{config.image_size} px"
     changes = "\n".join(f"- {name}: `{json.dumps(settings)}`" for name, settings in config.variants.items())
-    return f"""# Segmentation of {data} by {config.model}
+    variants = f"\n## The variants\n{changes}\n" if changes else ""
+    return f"""# Segmentation of {data} by {TITLES[config.model]}
 
-Test metrics are means over images of per-image values at {size}; intervals are 95 % bootstraps that draw seeds
-({len(config.seeds)}) and images anew. "All seeds" is the mean probability of the networks of all seeds; differences are
-from single networks of the recipe without flips, on the same images.
+{counts["train"]} training, {counts["validation"]} validation and {counts["test"]} test images. Test metrics are means
+over images of per-image values at {size}; intervals are 95 % bootstraps that draw seeds ({len(config.seeds)}) and
+images anew. "All seeds" is the mean probability of the networks of all seeds; differences are from single networks of the
+recipe without flips, on the same images.
 
 ## Mean IoU
 {_table(summary, "iou")}
 ## Thresholded Jaccard (0 below 0.65)
-{_table(summary, "thresholded_jaccard")}
-{"## The variants" if changes else ""}
-{changes}
-
-Training took {minutes.min():.1f} to {minutes.max():.1f} minutes a network. Per-image values are in `per_image.csv`, all
+{_table(summary, "thresholded_jaccard")}{variants}
+Training took {minutes.min():.0f} to {minutes.max():.0f} minutes a network. Per-image values are in `per_image.csv`, all
 metrics in `summary.csv`, epochs in `history.csv`, settings in `config.yaml`, versions and machine in
-`environment.json`, hashes of the images in `data.json` ({len(hashes)} splits). Commit {git_commit()}.
+`environment.json`, hashes of the images in `data.json`. Commit {git_commit()}.
 """
 
 

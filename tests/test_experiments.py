@@ -12,7 +12,7 @@ import yaml
 import experiments
 from models import load_model
 from sources import ImageSource
-from studies import universality
+from studies import segmentation, universality
 from train import Recipe
 from utils import HOME, InputError
 
@@ -75,9 +75,7 @@ def test_the_command_line_wins_wherever_the_yaml_is_named():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_yaml_parses_and_settles(path):
-    study = "universality" if path.stem in ("demo", "smoke", "isic2018") else path.stem.partition("-")[0]
-    if study not in experiments.STUDIES:
-        study = "universality"
+    study = "segmentation" if path.stem == "ablation" or path.stem.startswith("segmentation_") else "universality"
     config = experiments.load_config(study, ["--config", str(path)])
     stored = yaml.safe_load(path.read_text())
     for key in set(stored) - {"models"}:
@@ -86,6 +84,9 @@ def test_every_yaml_parses_and_settles(path):
         settled = universality.settle(config)
         for recipe, row in zip(settled.models, stored["models"]):
             assert {key: getattr(recipe, key) for key in row} == row
+    else:
+        jobs = segmentation.trainings(dataclasses.replace(config, out="somewhere"))
+        assert len(jobs) == len(config.seeds) * (1 + len(config.variants))
 
 
 def test_the_published_protocol_is_the_published_one():

@@ -1,7 +1,6 @@
 """Let a CPU process keep the memory it frees: training asks for the same large blocks at every step.
 
-glibc gives every freed block above 32 MB back to the system and gets it again, zeroed page by page, at the next step;
-on two cores that was a sixth to a quarter of a training step (`python -m benchmarks.training`).
+glibc gives every freed block above 32 MB back to the system and gets it again, zeroed page by page, at the next step.
 """
 
 from __future__ import annotations

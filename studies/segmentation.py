@@ -226,10 +226,10 @@ def _page(config: SegmentationConfig, summary: pd.DataFrame, history: pd.DataFra
     variants = f"\n## The variants\n{changes}\n" if changes else ""
     return f"""# Segmentation of {data} by {TITLES[config.model]}
 
-{counts["train"]} training, {counts["validation"]} validation and {counts["test"]} test images. Test metrics are means
-over images of per-image values at {size}; intervals are 95 % bootstraps that draw seeds ({len(config.seeds)}) and
-images anew. "All seeds" is the mean probability of the networks of all seeds; differences are from single networks of the
-recipe without flips, on the same images.
+{counts["train"]} training, {counts["validation"]} validation and {counts["test"]} test images.
+Test metrics are means over images of per-image values at {size}; intervals are 95 % bootstraps that draw
+seeds ({len(config.seeds)}) and images anew. "All seeds" is the mean probability of the networks of all seeds;
+differences are from single networks of the recipe without flips, on the same images.
 
 ## Mean IoU
 {_table(summary, "iou")}

@@ -53,6 +53,16 @@ def test_the_sentence_on_real_images_is_that_of_the_committed_table():
     assert set(zip(below.part, below.estimator)) == {("decoder", "rsa"), ("decoder", "svcca")}
 
 
+def test_the_segmentation_scores_are_those_of_the_committed_tables():
+    words = " ".join(README.partition("### How well do they segment?")[2].split())
+    for model, networks in (("unetpp", "one"), ("mask2former", "all")):
+        table = pd.read_csv(PROJECT / "results" / f"segmentation-isic2018_256-{model}" / "summary.csv")
+        table = table[table.flips & (table.networks == networks)].set_index("metric")
+        iou, jaccard = table.loc["iou"], table.loc["thresholded_jaccard"]
+        assert f"{iou['mean']:.3f} ({iou['low']:.3f} … {iou['high']:.3f}) and" in words
+        assert f"{jaccard['mean']:.3f} after" in words
+
+
 def test_no_picture_of_a_photograph_is_committed():
     listed = subprocess.run(["git", "ls-files", "results"], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert not [

@@ -32,14 +32,16 @@ class Augmenter:
     Hair comes after rotation and zoom so that it stays sharp, and before colour because one light falls on both.
     """
 
-    def __init__(self, transform: Transform, seed: int = 0) -> None:
-        self.seed, self.steps = seed, steps_of(transform)
+    def __init__(self, transform: Transform) -> None:
+        self.steps = steps_of(transform)
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray, epoch: int, id: str) -> tuple[np.ndarray, np.ndarray]:
-        """image (H, W, 3) uint8 RGB, mask (H, W) uint8 {0, 1} -> the same, drawn for this epoch and id."""
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, seed: int, epoch: int, id: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """image (H, W, 3) uint8 RGB, mask (H, W) uint8 {0, 1} -> the same, drawn for this seed, epoch and id."""
         for name, step in self.steps.items():
             # 'flips' alone carries no name in its seed: its draws are older than the other steps
-            parts = (self.seed, epoch, id) if name == "flips" else (self.seed, epoch, id, name)
+            parts = (seed, epoch, id) if name == "flips" else (seed, epoch, id, name)
             image, mask = step(image, mask, int(digest(*parts)[:8], 16))
         return image, mask
 

@@ -178,7 +178,7 @@ class SegmentationDataset(Dataset):
     """Pairs as `Sample`s. Everything is checked and cached on construction, so a bad file fails before any training.
 
     With `augment`, what `transform` says to draw anew is drawn for each image by (seed, epoch, id) alone: not by the
-    number of workers, the order, or where a run was resumed. Call `set_epoch` before each epoch.
+    number of workers, the order, or where a run was resumed. Call `set_epoch` before each epoch; `seed` may be set too.
     """
 
     def __init__(self, pairs, transform: Transform, *, augment: bool = False, seed: int = 0, cache=None) -> None:
@@ -188,7 +188,7 @@ class SegmentationDataset(Dataset):
         self.pairs, self.transform, self.seed, self.epoch = list(pairs), transform, seed, 0
         # Computed once: asking a network drive for two file dates per image and epoch is slow.
         self.files = [cache_file(pair, transform, cache) for pair in self.pairs]
-        self.augmenter = _augmenter(transform, seed) if augment and transform != transform.unaugmented else None
+        self.augmenter = _augmenter(transform) if augment and transform != transform.unaugmented else None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -197,7 +197,7 @@ class SegmentationDataset(Dataset):
         pixels = self.pixels(index)
         image, mask = pixels[..., :3], pixels[..., 3]
         if self.augmenter is not None:
-            image, mask = self.augmenter(image, mask, self.epoch, self.pairs[index].id)
+            image, mask = self.augmenter(image, mask, self.seed, self.epoch, self.pairs[index].id)
         # Scaled by NumPy: on busy cores PyTorch's threads wait for each other ten times longer than the work takes.
         scaled = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
         return Sample(torch.from_numpy(scaled), torch.from_numpy(mask[None].astype(np.float32)), self.pairs[index].id)
@@ -223,10 +223,10 @@ class SegmentationDataset(Dataset):
         return digest(parts)
 
 
-def _augmenter(transform: Transform, seed: int):
+def _augmenter(transform: Transform):
     from augmentation import Augmenter  # here because albumentations takes seconds, and only training needs it
 
-    return Augmenter(transform, seed)
+    return Augmenter(transform)
 
 
 class EpochShuffle(Sampler):

@@ -72,10 +72,9 @@ class _Store:
         shapes = [tuple(part.shape[1:]) for part in _maps(example)]
         self.from_input = len(shapes) > 0 and self.kind is list and shapes[0] == tuple(size)  # smp's first "feature"
         folder = Path(folder) / "x".join(map(str, (*size, rows)))
-        self.maps = [
-            _open_rows(folder / f"map{place}.npy", (rows, *shape))
-            for place, shape in enumerate(shapes[self.from_input :])
-        ]
+        files = {folder / f"map{place}.npy": (rows, *shape) for place, shape in enumerate(shapes[self.from_input :])}
+        _refuse_full_disk(files)
+        self.maps = [_open_rows(file, shape) for file, shape in files.items()]
         self.log = folder / "rows.bin"
         known = self.log.read_bytes() if self.log.exists() else b""
         whole = range(0, len(known) - NAME + 1, NAME)  # a name cut short by a crash is written anew
@@ -102,21 +101,26 @@ class _Store:
         """As the encoder would have put it."""
         rows = [self.row_of[name] for name in names]
         read = [torch.from_numpy(file[rows]).to(images.device) for file in self.maps]
-        return (
-            [images, *read] if self.from_input else read if self.kind is list else self.kind(feature_maps=tuple(read))
+        if self.kind is not list:
+            return self.kind(feature_maps=tuple(read))
+        return [images, *read] if self.from_input else read
+
+
+def _refuse_full_disk(files: dict[Path, tuple[int, ...]]) -> None:
+    """Refuse files, path -> shape, that could not all be filled."""
+    (folder,) = {file.parent for file in files}
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = 4 * sum(int(np.prod(shape)) for file, shape in files.items() if not file.exists())
+    if needed > shutil.disk_usage(folder).free:
+        raise InputError(
+            f"cache_features: {folder} may grow to {needed / 1e9:.1f} GB, more than is free there; leave "
+            "cache_features out, or name another folder in the environment variable ISIC_FEATURES"
         )
 
 
 def _open_rows(file: Path, shape: tuple[int, ...]) -> np.memmap:
     """A float32 array on disk, found again or made; sparse, so that a row takes space once it is written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        needed = 4 * int(np.prod(shape))
-        if needed > shutil.disk_usage(file.parent).free:
-            raise InputError(
-                f"cache_features: {file} may grow to {needed / 1e9:.1f} GB, more than is free there; leave "
-                "cache_features out, or name another folder in the environment variable ISIC_CACHE"
-            )
         with atomic_path(file) as temporary:
             np.lib.format.open_memmap(temporary, "w+", np.float32, shape).flush()
     return np.load(file, mmap_mode="r+")

@@ -195,29 +195,29 @@ def picture(
     metrics: pd.DataFrame,
     name: str,
     *,
+    worst: bool = False,
     split: str = "test",
     synthetic: bool,
 ):
-    """Side by side: image with its true contour, and the prediction, for the first images of the data set."""
-    caption = f"First {split} images in order of id; {_which_iou(metrics)}."
-    title = "What does the model outline?"
-    return _draw(dataset, first_ids(dataset), logits, metrics, name, title, caption, synthetic)
-
-
-def picture_of_worst(
-    dataset: Images,
-    logits: dict[str, Tensor],
-    metrics: pd.DataFrame,
-    name: str,
-    *,
-    split: str = "test",
-    synthetic: bool,
-):
-    """As `picture`, for the images of lowest IoU, the worst on top."""
-    ids = worst_ids(metrics)
-    caption = f"The {len(ids)} of {len(metrics)} {split} images with the lowest IoU; {_which_iou(metrics)}."
-    title = "Which images does the model get most wrong?"
-    return _draw(dataset, ids, logits, metrics, name, title, caption, synthetic)
+    """Side by side: image with its true contour, and the prediction; the first images, or those of lowest IoU."""
+    if worst:
+        ids = worst_ids(metrics)
+        title = "Which images does the model get most wrong?"
+        which = f"The {len(ids)} of {len(metrics)} {split} images with the lowest IoU"
+    else:
+        ids, title, which = first_ids(dataset), "What does the model outline?", f"First {split} images in order of id"
+    place = {id_: index for index, id_ in enumerate(dataset.ids)}
+    chosen = [dataset[place[id_]] for id_ in ids]
+    return pictures.example_predictions(
+        torch.stack([sample.image for sample in chosen]).numpy(),
+        torch.stack([sample.mask for sample in chosen]).numpy() > 0.5,
+        {name: torch.stack([logits[id_] for id_ in ids]).numpy() > 0},
+        ids,
+        {name: metrics.set_index("id").loc[list(ids), "iou"].tolist()},
+        title=title,
+        caption=f"{which}; {_which_iou(metrics)}.",
+        synthetic=synthetic,
+    )
 
 
 def first_ids(dataset: Images) -> list[str]:
@@ -231,21 +231,6 @@ def worst_ids(metrics: pd.DataFrame) -> list[str]:
 def _which_iou(metrics: pd.DataFrame) -> str:
     place = "each image's own size, drawn at the model's input size" if "width" in metrics else "the model's input size"
     return f"IoU per image at {place}"
-
-
-def _draw(dataset: Images, ids: Sequence[str], logits, metrics, name, title: str, caption: str, synthetic: bool):
-    place = {id_: index for index, id_ in enumerate(dataset.ids)}
-    chosen = [dataset[place[id_]] for id_ in ids]
-    return pictures.example_predictions(
-        torch.stack([sample.image for sample in chosen]).numpy(),
-        torch.stack([sample.mask for sample in chosen]).numpy() > 0.5,
-        {name: torch.stack([logits[id_] for id_ in ids]).numpy() > 0},
-        ids,
-        {name: metrics.set_index("id").loc[list(ids), "iou"].tolist()},
-        title=title,
-        caption=caption,
-        synthetic=synthetic,
-    )
 
 
 # ---- the door ---------------------------------------------------------------------------------------------------
@@ -337,8 +322,8 @@ def _score_into(out: Path, models: list[nn.Module], loader: DataLoader, options:
     images = {id_: dataset[dataset.ids.index(id_)].image for id_ in shown}
     logits = {id_: predict(models, image[None], options["flips"])[0] for id_, image in images.items()}
     name = TITLES[models[0].spec.name] if len(models) == 1 else f"mean of {len(models)} models"
-    for file, draw in (("examples.png", picture), ("worst.png", picture_of_worst)):
-        visualization.save(draw(dataset, logits, metrics, name, **labels), out / file)
+    for file, worst in (("examples.png", False), ("worst.png", True)):
+        visualization.save(picture(dataset, logits, metrics, name, worst=worst, **labels), out / file)
     print(summary.round(4).to_string(index=False))
     where = "at their own sizes" if options["full_resolution"] else f"at {dataset.transform.size} px"
     print(

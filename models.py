@@ -329,8 +329,13 @@ _BUILDERS = {"unetpp": _build_unetpp, "mask2former": _build_mask2former}
 # --------------------------------------------------------------------------------------------------- what they do
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """With several processes the distributed wrapper holds the model."""
+    return getattr(model, "module", model)
+
+
 def _spec_of(model: nn.Module) -> ModelSpec:
-    return getattr(model, "module", model).spec  # several GPUs: the distributed wrapper holds the model
+    return _unwrapped(model).spec
 
 
 def lesion_logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -398,7 +403,7 @@ def set_loss(model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
         (output.masks_queries_logits, output.class_queries_logits),
         *((layer["masks_queries_logits"], layer["class_queries_logits"]) for layer in output.auxiliary_logits),
     ]
-    criterion = getattr(model, "module", model).criterion
+    criterion = _unwrapped(model).criterion
     count = criterion.get_num_masks([here.nonzero()[:, 0] for here in present], images.device)
     return set_criterion(_criterion_settings(criterion, layers[0][0]), layers, both, present, count)
 

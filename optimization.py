@@ -49,7 +49,7 @@ def make_optimizer(recipe, model: nn.Module) -> Optimizer:
     inside = [parameter for parameter in trained if id(parameter) in encoder]
     if inside:  # a frozen encoder has none
         groups.append({"params": inside, "lr": recipe.learning_rate * recipe.encoder_learning_rate})
-    # fused: one pass over each tensor in place of eight
+    # fused: one kernel does all the arithmetic of a step on a tensor
     return OPTIMIZERS[recipe.optimizer](groups, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 
 

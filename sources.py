@@ -11,6 +11,8 @@ from synthetic import make_dataset
 from utils import HOME, InputError
 
 SYNTHETIC = "synthetic"
+# the settings of an ImageSource that say which images there are; the others say how a model sees them
+CHOICE_OF_IMAGES = ("data", "synthetic_images", "synthetic_size", "synthetic_seed", "limits")
 
 
 @dataclass

@@ -102,7 +102,7 @@ def prepare(config: TrainConfig, datasets: dict[str, SegmentationDataset] | None
 
 
 def in_fast_layout(model: nn.Module, device: torch.device) -> nn.Module:
-    """Channels last on a GPU, whose tensor cores want it; on a CPU weight gradients would take up to twice as long."""
+    """Channels last on a GPU, whose tensor cores want it; on the CPUs tried it made some weight gradients slower."""
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
@@ -244,13 +244,17 @@ class _Run:
             save_state(self.folder, self._state())
             self._export()
 
+    @property
+    def _parts(self) -> dict:
+        """What else has a state, by its name in the saved one; None where this run has no such part."""
+        return {"schedule": self.schedule, "scaler": self.accelerator.scaler, "average": self.average}
+
     def _state(self) -> dict:
-        parts = {"schedule": self.schedule, "scaler": self.accelerator.scaler, "average": self.average}
         return {
             "model": self.plain.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
-        } | {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        } | {name: None if part is None else part.state_dict() for name, part in self._parts.items()}
 
     def resume(self) -> None:
         """Continue from the last finished epoch of this folder, if there is one."""
@@ -259,8 +263,7 @@ class _Run:
             return
         self.plain.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        parts = {"schedule": self.schedule, "scaler": self.accelerator.scaler, "average": self.average}
-        for name, part in parts.items():
+        for name, part in self._parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
         self.history = state["history"]

@@ -22,8 +22,8 @@ from images import Transform
 from inference import load_ensemble, score_split
 from loss_metrics import METRICS
 from models import TITLES, build_model
-from recipes import TrainConfig, check_recipe, objective
-from sources import open_datasets
+from recipes import TrainConfig, check_cache_features, check_recipe, objective
+from sources import CHOICE_OF_IMAGES, open_datasets
 from train import train
 from utils import (
     InputError,
@@ -38,6 +38,7 @@ from utils import (
 )
 
 RECIPE = "recipe"  # the name of the recipe itself among its variants
+SHARED = {"seed", "out", *CHOICE_OF_IMAGES}  # settings that no variant has for itself
 RESAMPLES = 2000
 
 
@@ -90,12 +91,15 @@ def trainings(config: SegmentationConfig) -> dict[tuple[str, int], TrainConfig]:
     jobs = {}
     for name, changes in {RECIPE: {}, **config.variants}.items():
         for key in changes:
-            if key not in known - {"seed", "out", "data"}:
+            if key not in known:
                 raise InputError(f"variant {name!r}: unknown setting {key!r}; closest: {closest(key, known)}")
+            if key in SHARED:
+                raise InputError(f"variant {name!r} may not change {key}: variants are compared on the same images")
         for seed in config.seeds:
             own = {"seed": seed, "out": str(_network(config, name, seed))}
             jobs[name, seed] = TrainConfig(**(base | changes | own))
         check_recipe(jobs[name, config.seeds[0]])
+        check_cache_features(jobs[name, config.seeds[0]])
         objective(jobs[name, config.seeds[0]])
     return jobs
 

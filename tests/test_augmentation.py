@@ -68,11 +68,11 @@ def test_flips_alone_draw_what_they_always_drew():
     """Against the one-step Compose seeded by (seed, epoch, id) that the data set used to hold."""
     compose = albumentations.Compose([albumentations.D4(p=1.0)])
     image, mask = skin(), disc(20, 30, 8)
-    for flips in (Augmenter(Transform(flips=True), 7), Augmenter(Transform(flips=True, hair=1e-9), 7)):
+    for flips in (Augmenter(Transform(flips=True)), Augmenter(Transform(flips=True, hair=1e-9))):
         for number in range(20):
             compose.set_random_seed(int(digest(7, 3, f"id{number}")[:8], 16))
             expected = compose(image=image, mask=mask)
-            moved = flips(image, mask, 3, f"id{number}")
+            moved = flips(image, mask, 7, 3, f"id{number}")
             np.testing.assert_array_equal(moved[0], expected["image"])
             np.testing.assert_array_equal(moved[1], expected["mask"])
 
@@ -101,10 +101,10 @@ def drawn(switches: dict, epoch: int = 0, ids=IDS, monkeypatch=None) -> dict[str
     middle = (SIDE - 1) / 2  # of rotations and reflections
     marked = disc(middle + 11, middle, 5) + 2 * disc(middle, middle + 11, 5)
     found: dict[str, list] = {name: [] for name in ("mirrored", "angle", "zoom", "light", "hair")}
-    augmenter = Augmenter(Transform(size=SIDE, **switches), seed=1)
+    augmenter = Augmenter(Transform(size=SIDE, **switches))
     grey = np.full((SIDE, SIDE, 3), 128, np.uint8)
     for id_ in ids:
-        image, mask = augmenter(grey, marked, epoch, id_)
+        image, mask = augmenter(grey, marked, 1, epoch, id_)
         (ax, ay), (bx, by) = centre(mask == 1), centre(mask == 2)
         mirrored = ax * by - ay * bx < 0
         found["mirrored"].append(mirrored)
@@ -163,15 +163,25 @@ def test_a_draw_is_a_function_of_seed_epoch_and_id_alone():
     full = Transform(size=SIDE, **ALL)
 
     def draw(seed=0, epoch=0, id_="a", augmenter=None):
-        moved = (augmenter or Augmenter(full, seed))(image, mask, epoch, id_)
+        moved = (augmenter or Augmenter(full))(image, mask, seed, epoch, id_)
         return moved[0].tobytes() + moved[1].tobytes()
 
     used = Augmenter(full)
     for other in range(5):
-        used(image, mask, other, "b")
+        used(image, mask, 0, other, "b")
     np.random.seed(5)
     assert draw() == draw(augmenter=used) == draw(augmenter=pickle.loads(pickle.dumps(used)))
     assert len({draw(), draw(seed=1), draw(epoch=1), draw(id_="b")}) == 4
+
+
+def test_a_data_set_given_another_seed_draws_as_one_opened_with_it(synthetic_root):
+    """Studies open the images once and train several seeds on them."""
+    pairs, transform = find_splits(synthetic_root)["train"][:4], Transform(size=32, **ALL)
+    opened, given = (SegmentationDataset(pairs, transform, augment=True, seed=seed) for seed in (5, 0))
+    before = [given[i].image for i in range(4)]
+    given.seed = 5
+    assert all((opened[i].image == given[i].image).all() for i in range(4))
+    assert any((opened[i].image != before[i]).any() for i in range(4))
 
 
 def test_epochs_are_the_same_for_any_number_of_workers(synthetic_root):
@@ -218,9 +228,9 @@ def test_rotation_and_zoom_are_the_warp_worked_out_by_hand(switches):
 def test_image_and_mask_stay_registered_and_the_mask_binary():
     """A picture that equals its mask: cut at a half after the warp, it is the mask but for pixels of the outline."""
     mask = disc(40, 22, 11)
-    augmenter = Augmenter(Transform(size=SIDE, flips=True, rotate=180, scale=0.5), seed=0)
+    augmenter = Augmenter(Transform(size=SIDE, flips=True, rotate=180, scale=0.5))
     for id_ in IDS[:60]:
-        image, moved = augmenter(as_image(mask), mask, 0, id_)
+        image, moved = augmenter(as_image(mask), mask, 0, 0, id_)
         assert moved.dtype == np.uint8 and set(np.unique(moved)) <= {0, 1}
         inner, outer = image[..., 0] > 250, image[..., 0] > 4
         assert (moved[inner] == 1).all() and (moved[~outer] == 0).all()

@@ -331,7 +331,7 @@ def test_the_worst_images_are_drawn_worst_first(checkpoint, synthetic_root, tmp_
 def test_the_worst_pictures_carry_ids_and_scores(model, synthetic_root):
     data = SegmentationDataset(find_splits(synthetic_root)["test"], Transform(size=64))
     metrics, logits = inference.score(model, make_loader(data, 8))
-    figure = inference.picture_of_worst(data, logits, metrics, "model", synthetic=True)
+    figure = inference.picture(data, logits, metrics, "model", worst=True, synthetic=True)
     labels = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
     notes = [text.get_text() for ax in figure.axes for text in ax.texts if "IoU" in text.get_text()]
     assert labels == inference.worst_ids(metrics)

@@ -23,7 +23,9 @@ TINY = ["--synthetic_images", '{"Training": 12, "Validation": 6, "Test": 8}', "-
     [
         ({"variants": {"a": {"epoch": 3}}}, "variant 'a': unknown setting 'epoch'; closest: 'epochs'"),
         ({"variants": {"a": {"schedule": "linear"}}}, "unknown schedule 'linear'"),
-        ({"variants": {"a": {"data": "elsewhere"}}}, "variant 'a': unknown setting 'data'"),
+        ({"variants": {"a": {"data": "elsewhere"}}}, "variant 'a' may not change data: .* on the same images"),
+        ({"variants": {"a": {"limits": {"train": 9}}}}, "variant 'a' may not change limits"),
+        ({"variants": {"a": {"cache_features": True}}}, "cache_features needs a frozen encoder"),
         ({"variants": {RECIPE: {}}}, "that is the recipe without changes"),
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"seeds": []}, "seeds must be different"),

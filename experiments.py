@@ -11,16 +11,18 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from studies import segmentation, universality
+from studies import legacy, segmentation, universality
 from utils import HOME, InputError, closest, format_seconds, read_settings, sentences_instead_of_tracebacks
 
 STUDIES = {
     "universality": (universality.UniversalityConfig, universality.run),
     "segmentation": (segmentation.SegmentationConfig, segmentation.run),
+    "legacy": (legacy.LegacyConfig, legacy.run),
 }
 DEFAULT_CONFIG = {
     "universality": HOME / "configs" / "demo.yaml",
     "segmentation": HOME / "configs" / "segmentation_demo.yaml",
+    "legacy": HOME / "configs" / "legacy_demo.yaml",
 }
 
 

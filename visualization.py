@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -176,6 +176,12 @@ def _draw_plane(
             ax.text(centre - 0.5, 1.01, part, transform=ax.get_xaxis_transform(), va="bottom", ha="center", **text)
 
 
+def _grey(ax: Axes, cells: pd.DataFrame) -> None:
+    """Cover the cells that are True."""
+    covered = np.ma.masked_equal(cells.to_numpy(dtype=np.float64), 0.0)
+    ax.imshow(covered, cmap=ListedColormap(["0.72"]), origin="lower", aspect="auto", interpolation="none")
+
+
 def _mark_best(ax: Axes, frame: pd.DataFrame, larger_is_better: bool) -> None:
     values = frame.to_numpy(dtype=np.float64)
     rows = np.flatnonzero(np.isfinite(values).any(axis=1))
@@ -235,6 +241,7 @@ def planes(
     boundaries: tuple[int | None, int | None] = (None, None),
     best: bool = True,
     larger_is_better: bool = True,
+    by_chance: Mapping[str, pd.DataFrame] | None = None,
     caption: str = "",
     synthetic: bool = False,
 ) -> Figure:
@@ -242,8 +249,11 @@ def planes(
 
     Site names on the left are drawn once when all planes have the same rows. `boundaries` are the indices at which
     decoder sites begin on the row and the column axis. `best` puts a dot on the best column of every row.
+    `by_chance` (name -> table of True and False) says which cells are no more than chance; they are greyed.
     """
     note = _check_planes(frames)
+    if by_chance:
+        note = (note + ". " if note else "") + "Grey: not told from chance"
     if best:
         note = (note + ". " if note else "") + "Dots: the best column of each row"
     tables = list(frames.values())
@@ -255,6 +265,8 @@ def planes(
     axes = figure.subplots(1, len(tables), squeeze=False, width_ratios=[frame.shape[1] for frame in tables])[0]
     for i, (ax, (name, frame)) in enumerate(zip(axes, frames.items())):
         _draw_plane(ax, frame, cmap, norm, boundaries)
+        if by_chance and name in by_chance:
+            _grey(ax, by_chance[name].loc[frame.index, frame.columns])
         if best:
             _mark_best(ax, frame, larger_is_better)
         _name_sites(ax, frame, y=i == 0 or not shared)
@@ -393,7 +405,7 @@ def depth_profile(
     """Similarity of sites at matched relative depth, with ceiling and floor, a panel a part.
 
     frame : columns part, relative_depth (0 first site to 1 last site of the part), similarity, ceiling, floor; NaN
-    where unknown.
+    where unknown; with similarity_low and similarity_high a bar shows them.
     """
     _need_columns(frame, ["part", "relative_depth", "similarity", "ceiling", "floor"], "depth")
     parts = list(frame["part"].unique())
@@ -410,6 +422,8 @@ def depth_profile(
         ax.plot(depth, high, color=GREEN, lw=1.6, marker="^", ms=4, label="ceiling: another seed")
         ax.plot(depth, low, color=ORANGE, lw=1.6, marker="v", ms=4, label="floor: untrained twins")
         ax.plot(depth, rows["similarity"], color=BLACK, lw=1.8, marker="o", ms=5, label="observed")
+        if {"similarity_low", "similarity_high"} <= set(rows):
+            ax.vlines(depth, rows["similarity_low"], rows["similarity_high"], color=BLACK, lw=1.4, label="95 %")
         ax.axhline(0, color="0.75", lw=0.8, zorder=0)
         ax.set(xlabel=f"relative depth in the {part} (0 first site, 1 last)", title=part, xlim=(-0.03, 1.03))
         ax.title.set_fontsize(10)

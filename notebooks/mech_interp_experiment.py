@@ -28,6 +28,7 @@ from models import TITLES
 from similarity import measures, plane
 from studies import universality
 from studies import universality_report as report
+from studies import universality_words as words
 from utils import resolve_device
 
 config, datasets, folder = universality.prepare(
@@ -42,7 +43,7 @@ print(universality.estimate(config, datasets))
 # Both architectures, two seeds each. Trainings that the other notebooks (or an earlier run) finished are found again.
 
 # %%
-trained = universality.members(config, trained=True)
+trained = universality.members(config)
 for member in trained:
     universality.train_member(config, member, datasets, folder)
 metrics = universality.score_all(config, datasets["test"], folder, device)
@@ -110,15 +111,17 @@ except ValueError as refusal:
 # untrained twins, and what another seed of the same architecture would give.
 
 # %%
-planes = universality.compare_all(config, recordings, folder)
-tables = universality.calibrate(config, recordings, planes)
-figures = report.plane_figures(config, planes, tables["pairs"], names)
+found = universality.analyse(config, recordings, datasets, folder, device)
+tables = found.tables
+figures = report.plane_figures(config, found, names) | report.verdict_figures_of(config, found, names)
 figures["plane_encoder"]
 
 # %%
 figures["plane_decoder"]
 
 # %% [markdown]
+# Grey cells cannot be told from chance: permuting the images of one side gives as much, all pairs of sites considered.
+#
 # Do other measures draw the same picture? Each is blind to something else: SVCCA and the CKAs to rotations, scale and
 # shifts of the features, RSA with correlation distances only to their scale and order.
 
@@ -126,7 +129,45 @@ figures["plane_decoder"]
 figures["measures"]
 
 # %% [markdown]
-# ## 5. What the sites see
+# ## 5. What the ruler says
+# Site pairs are matched by relative depth, a rule fixed before looking. The dot is the similarity with its interval over
+# images; the band runs from untrained (floor) to another seed (ceiling).
+
+# %%
+figures["ruler"]
+
+# %% [markdown]
+# Along the depth, *u* says how far from untrained (0) to another seed (1) the two have come.
+
+# %%
+figures["position"]
+
+# %% [markdown]
+# ## 6. What the images alone explain, and where in the image it is
+# Two networks may be alike because both see the same colours. `linear_cka_deconfounded` in the table below is the
+# headline with the kernels of raw pixels, mask shape and mean colour regressed out of both sides.
+
+# %%
+display(Markdown(words.controls_table(tables["controls"])))
+
+# %%
+figures["regions"]
+
+# %% [markdown]
+# ## 7. One space, and one network from two
+# Maps into one space are fitted on half of the images; shown is the other half. A line joins the two points of one image.
+
+# %%
+report.space_figure(config, found, datasets["test"], names)
+
+# %% [markdown]
+# Geometry is not function. Here a network goes on from another one's activation, through nothing but a 1×1 convolution.
+# Where the site's mean alone (cross) keeps the Dice, skip connections carry it, and the stitch says little.
+
+# %%
+figures["stitching"]
+
+# %% [markdown]
 # Three principal components of a feature map become colours; the right map of each pair is rotated onto the left one.
 
 # %%
@@ -134,25 +175,21 @@ pictures = report.picture_figures(config, folder, datasets["test"], device)
 pictures["pca"]
 
 # %% [markdown]
-# ## 6. What the ruler says
-# Site pairs are matched by relative depth, a rule fixed before looking. The dot is the similarity, its bar the range
-# over pairs of seeds; the grey band runs from untrained (floor) to another seed (ceiling).
-
-# %%
-report.ruler_figure(config, tables["summary"], names)
-
-# %%
-report.depth_figure(config, tables["depth"], names)
-
-# %% [markdown]
 # ## The answer, for these models and these images
 
 # %%
-report.write(config, folder, datasets, metrics, planes, tables, device, quiet=True)
-display(Markdown(report.sentence(config, tables["summary"], names).replace("\n", "\n\n")))
-display(Markdown(report.short_table(tables["summary"])))
+report.write(config, folder, datasets, metrics, found, device, quiet=True)
+display(Markdown(words.sentence(config, tables["summary"], names).replace("\n", "\n\n")))
+display(Markdown(words.short_table(tables["summary"])))
 
 # %% [markdown]
-# *u* says how far from untrained (0) to another seed (1) the two architectures have come. The range is over seeds, not
-# yet an interval over images, and two seeds give one seed-to-seed pair an architecture. On synthetic images the numbers
-# speak of synthetic images only; `PRESET, DATA` above takes the same cells to ISIC 2018.
+# What the measures say, and by which invariance they may differ; then what to know before believing any of it.
+
+# %%
+display(Markdown(words.disagreement_table(tables["disagreement"])))
+display(Markdown(words.card_table(tables["card"])))
+
+# %% [markdown]
+# Two seeds give one seed-to-seed pair an architecture, so intervals are over images only; with three seeds or more the
+# spread over seeds is in them. On synthetic images the numbers speak of synthetic images only; `PRESET, DATA` above takes
+# the same cells to ISIC 2018.

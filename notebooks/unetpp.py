@@ -38,7 +38,7 @@ MODEL = "unetpp"
 config, datasets, folder = universality.prepare(
     load_config("universality", ["--config", f"configs/{PRESET}.yaml", *(["--data", DATA] if DATA else [])])
 )
-member = next(m for m in universality.members(config, trained=True) if m.recipe.model == MODEL)
+member = next(m for m in universality.members(config) if m.recipe.model == MODEL)
 pd.DataFrame({"images": {name: len(data) for name, data in datasets.items()}})
 
 # %% [markdown]

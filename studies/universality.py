@@ -8,7 +8,6 @@ untrained twin on those images, and compares all sites × sites with a ruler: th
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import time
 from dataclasses import dataclass, field
@@ -17,19 +16,21 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dataset import SegmentationDataset, make_loader
 from images import duplicates
 from inference import score
 from loss_metrics import summarize
-from models import ModelSpec, build_model, load_model
-from similarity import Plane, Recording, calibration, plane, record_models
-from similarity.measures import MEASURES, SMALLEST_N
+from models import build_model, load_model
+from similarity import Recording, record_models
 from similarity.policies import parse_policy
 from similarity.recording import hash_model
 from sources import ImageSource, open_datasets
+from studies import analysis
 from studies import universality_report as report
+from studies.ruler import ESTIMATORS, HEADLINE
 from train import Recipe, TrainConfig, check_recipe, is_finished, objective, train
 from utils import (
     InputError,
@@ -43,17 +44,6 @@ from utils import (
     write_text,
 )
 
-# name in the configuration -> (measure, options); the debiased estimators are the headline
-ESTIMATORS = {
-    "linear_cka": ("linear_cka", {"debiased": True}),
-    "linear_cka_biased": ("linear_cka", {"debiased": False}),
-    "rbf_cka": ("rbf_cka", {"debiased": True, "fraction": 1.0}),
-    "svcca": ("svcca", {"variance": 0.99}),
-    "rsa": ("rsa", {"rdm": "correlation", "compare": "spearman"}),
-}
-HEADLINE = "linear_cka"
-PARTS = ("encoder", "decoder")
-
 
 @dataclass
 class UniversalityConfig(ImageSource):
@@ -61,11 +51,18 @@ class UniversalityConfig(ImageSource):
     Args:
         seeds: of the trainings; at least two, or there is no ceiling
         models: the two recipes to compare
-        policies: spatial policy -> estimators computed under it (linear_cka, linear_cka_biased, rbf_cka, svcca, rsa)
+        policies: spatial policy -> estimators computed under it (linear_cka, linear_cka_biased, rbf_cka, svcca, rsa,
+            mutual_knn, procrustes_distance, angular_distance, information_imbalance)
         permutations: of the images, for the null
+        resamples: subsamples of the images, for the intervals
+        alignment_splits: random halves of the images on which both models are brought into one space
+        stitch_pairs: pairs of decoder sites that are stitched, in both directions; 0 leaves stitching out
+        stitch_images: training images that each stitch is trained on
+        stitch_epochs: passes over them
         batch_size: images at a time when scoring and recording
         weights: overrides every model's weights: 'none' or 'imagenet'
         epochs: overrides every model's epochs
+        overrides: settings of one model by its name, e.g. {"unetpp": {"weights": "encoder.safetensors"}}
         out: results folder; default results/universality, with the data's and preset's name unless both are the demo's
         device: auto, cpu or cuda
         workers: processes that read images
@@ -75,25 +72,41 @@ class UniversalityConfig(ImageSource):
     models: list[Recipe] = field(default_factory=lambda: [Recipe(), Recipe(model="mask2former")])
     policies: dict[str, list[str]] = field(default_factory=lambda: {"gap": [HEADLINE]})
     permutations: int = 200
+    resamples: int = 100
+    alignment_splits: int = 5
+    stitch_pairs: int = 2
+    stitch_images: int = 200
+    stitch_epochs: int = 1
     batch_size: int = 32
     weights: str | None = None
     epochs: int | None = None
+    overrides: dict[str, dict] = field(default_factory=dict)
     out: str | None = None
     device: str = "auto"
     workers: int = 0
 
 
+LEAST = {"permutations": 1, "resamples": 2, "alignment_splits": 1, "stitch_pairs": 0, "stitch_images": 1}
+LEAST |= {"stitch_epochs": 0, "batch_size": 1, "workers": 0}
+STATES = ("trained", "untrained", "pretrained")
+FEWEST_IMAGES = 20  # fewer would leave no interval over images worth the name
+
+
 @dataclass(frozen=True)
-class Trained:
-    """One network of the study: which recipe, which seed, and whether it was trained at all."""
+class Member:
+    """One network of the study: which recipe, which seed, and how far it was trained.
+
+    state : 'trained'; 'untrained' (its twin at random weights); 'pretrained' (its twin as training began, where an
+        encoder came with weights)
+    """
 
     recipe: Recipe
     seed: int
-    trained: bool
+    state: str = "trained"
 
     @property
     def name(self) -> str:
-        return f"{self.recipe.model}-seed{self.seed}" + ("" if self.trained else "-untrained")
+        return f"{self.recipe.model}-seed{self.seed}" + ("" if self.state == "trained" else f"-{self.state}")
 
 
 def run(config: UniversalityConfig) -> Path:
@@ -101,13 +114,12 @@ def run(config: UniversalityConfig) -> Path:
     config, datasets, folder = prepare(config)
     device = resolve_device(config.device)
     print(f"{estimate(config, datasets)} Results: {folder}", flush=True)
-    for member in members(config, trained=True):
+    for member in members(config):
         train_member(config, member, datasets, folder)
     metrics = score_all(config, datasets["test"], folder, device)
     recordings = record_all(config, datasets["test"], folder, device)
-    planes = compare_all(config, recordings, folder)
-    tables = calibrate(config, recordings, planes)
-    report.write(config, folder, datasets, metrics, planes, tables, device)
+    found = analyse(config, recordings, datasets, folder, device)
+    report.write(config, folder, datasets, metrics, found, device)
     return folder
 
 
@@ -119,8 +131,11 @@ def prepare(config: UniversalityConfig) -> tuple[UniversalityConfig, dict[str, S
     for recipe in config.models:
         build_model(recipe.spec)  # unknown presets and missing weights
     datasets = open_datasets(config)
-    if len(datasets["test"]) < SMALLEST_N:
-        raise InputError(f"{len(datasets['test'])} test images: at least {SMALLEST_N} are needed to compare anything")
+    if len(datasets["test"]) < FEWEST_IMAGES:
+        raise InputError(
+            f"{len(datasets['test'])} test images: at least {FEWEST_IMAGES} are needed for a null and an interval; "
+            "give a larger test split, or raise limits"
+        )
     hashes = {name: {"images": len(data), "hash": data.fingerprint} for name, data in datasets.items()}
     known = Path(config.out) / "data.json"
     # the synthetic set may differ in its last bits between versions of OpenCV; each stage below checks its own hash
@@ -154,13 +169,14 @@ def settle(config: UniversalityConfig) -> UniversalityConfig:
             f"--weights {changes['weights']}: a file belongs to one model; set weights in the YAML instead"
         )
     models = [dataclasses.replace(recipe, **changes) for recipe in config.models]
+    models = _override(models, config.overrides)
     names = [recipe.model for recipe in models]
     if len(models) != 2 or len(set(names)) != 2:
         raise InputError(f"the study compares two different models, got {names}; give one recipe of each")
     for recipe in models:
         check_recipe(recipe)
         objective(recipe)
-    for name, least in (("permutations", 1), ("batch_size", 1), ("workers", 0)):
+    for name, least in LEAST.items():
         if getattr(config, name) < least:
             raise InputError(f"{name} must be at least {least}, got {getattr(config, name)}")
     for policy, estimators in config.policies.items():
@@ -174,6 +190,19 @@ def settle(config: UniversalityConfig) -> UniversalityConfig:
         raise InputError(f"seeds must be different numbers from 0 up, got {config.seeds}")
     out = config.out or default_folder(config)
     return dataclasses.replace(config, models=models, out=str(out))
+
+
+def _override(models: list[Recipe], overrides: dict[str, dict]) -> list[Recipe]:
+    """Recipes with the settings that were given for one model alone."""
+    names = [recipe.model for recipe in models]
+    known = [part.name for part in dataclasses.fields(Recipe)]
+    for name, changes in overrides.items():
+        if name not in names:
+            raise InputError(f"overrides: no model {name!r} in this study; closest: {closest(name, names)}")
+        for key in changes:
+            if key not in known or key == "model":
+                raise InputError(f"overrides of {name}: unknown setting {key!r}; closest: {closest(key, known)}")
+    return [dataclasses.replace(recipe, **overrides.get(recipe.model, {})) for recipe in models]
 
 
 def _check_policy(policy: str, image_size: int) -> None:
@@ -197,21 +226,29 @@ def default_folder(config: UniversalityConfig) -> str:
     return "-".join(["results/universality", *data, *presets])
 
 
-def members(config: UniversalityConfig, *, trained: bool) -> list[Trained]:
-    """The networks of the study: recipes × seeds, trained, or their untrained twins."""
-    return [Trained(recipe, seed, trained) for recipe in config.models for seed in config.seeds]
+def members(config: UniversalityConfig, state: str = "trained") -> list[Member]:
+    """The networks of the study in one state: recipes × seeds; pretrained twins only of recipes with weights."""
+    recipes = [recipe for recipe in config.models if state != "pretrained" or recipe.weights != "none"]
+    return [Member(recipe, seed, state) for recipe in recipes for seed in config.seeds]
 
 
-def load_member(member: Trained, folder: Path) -> nn.Module:
-    """The best checkpoint, or for an untrained twin the weights that its training started from."""
-    if member.trained:
+def load_member(member: Member, folder: Path) -> nn.Module:
+    """The best checkpoint, or for a twin the weights that its training could have, or did, start from."""
+    if member.state == "trained":
         return load_model(folder / "models" / member.name / "best")[0]
-    return build_model(untrained_spec(member.recipe), member.seed).eval()
+    spec = dataclasses.replace(member.recipe.spec, freeze=())
+    # the floor is the random-init twin, also where training starts from pretrained weights (SCIENCE, section 4)
+    weights = spec.weights if member.state == "pretrained" else "none"
+    return build_model(dataclasses.replace(spec, weights=weights), member.seed).eval()
 
 
-def untrained_spec(recipe: Recipe) -> ModelSpec:
-    """The floor is the random-init twin, also where training starts from pretrained weights (SCIENCE, section 4)."""
-    return dataclasses.replace(recipe.spec, weights="none", freeze=())
+def analyse(config: UniversalityConfig, recordings: dict, datasets: dict, folder: Path, device) -> analysis.Findings:
+    """What the recordings, the masks and (stitched) the networks say."""
+    by_name = {member.name: member for state in STATES for member in members(config, state)}
+    masks = {member.name: load_file(masks_path(folder, member.name, datasets["test"])) for member in members(config)}
+    return analysis.analyse(
+        config, recordings, datasets, masks, lambda name: load_member(by_name[name], folder).to(device), folder
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- estimate
@@ -229,7 +266,8 @@ def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset
             images = sizes["train"] * recipe.epochs
             scored = sizes["validation"] * recipe.epochs + 3 * sizes["test"]
             seconds += len(remaining) * (images * step + scored * forward)
-    recorded = f"{2 * len(config.seeds) * len(config.models)} recordings of {sizes['test']} test images"
+    networks = sum(len(members(config, state)) for state in STATES)
+    recorded = f"{networks} recordings of {sizes['test']} test images"
     if not todo:
         return (
             f"Trainings are finished; {recorded} and their planes follow in about a minute unless they are there too."
@@ -242,7 +280,7 @@ def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset
 
 
 def _finished(config: UniversalityConfig, recipe: Recipe, seed: int) -> bool:
-    history = Path(config.out) / "models" / Trained(recipe, seed, True).name / "history.csv"
+    history = Path(config.out) / "models" / Member(recipe, seed).name / "history.csv"
     return history.exists() and is_finished(recipe, pd.read_csv(history)["validation_iou"])
 
 
@@ -267,7 +305,7 @@ def _time_a_step(recipe: Recipe, data: SegmentationDataset, device_name: str) ->
 
 
 def train_member(
-    config: UniversalityConfig, member: Trained, datasets: dict[str, SegmentationDataset], folder: Path
+    config: UniversalityConfig, member: Member, datasets: dict[str, SegmentationDataset], folder: Path
 ) -> Path:
     """Train one network (or find it trained) and return its run folder."""
     images = {f.name: getattr(config, f.name) for f in dataclasses.fields(ImageSource)}
@@ -284,13 +322,16 @@ def train_member(
 
 
 def score_all(config: UniversalityConfig, test: SegmentationDataset, folder: Path, device) -> pd.DataFrame:
-    """Per-image test metrics of every trained model (cached as test_metrics.csv beside its checkpoint)."""
+    """Per-image test metrics of every trained model; they and its masks are kept beside its checkpoint."""
     tables = []
-    for member in members(config, trained=True):
+    for member in members(config):
         path = folder / "models" / member.name / f"test_metrics-{test.fingerprint}.csv"
-        if not path.exists():
+        masks = masks_path(folder, member.name, test)
+        if not path.exists() or not masks.exists():
             model = load_member(member, folder).to(device)
-            write_table(score(model, make_loader(test, config.batch_size), f"scoring {member.name}")[0], path)
+            table, logits = score(model, make_loader(test, config.batch_size), f"scoring {member.name}")
+            save_file({id_: (output > 0).contiguous() for id_, output in logits.items()}, masks)
+            write_table(table, path)
         tables.append(pd.read_csv(path).assign(model=member.recipe.model, seed=member.seed))
     metrics = pd.concat(tables, ignore_index=True)
     write_table(metrics, folder / "test_metrics.csv")
@@ -301,12 +342,17 @@ def score_all(config: UniversalityConfig, test: SegmentationDataset, folder: Pat
     return metrics
 
 
+def masks_path(folder: Path, member: str, test: SegmentationDataset) -> Path:
+    """Where a network's masks of the test images are kept: {id: (1, H, W) bool}."""
+    return folder / "models" / member / f"test_masks-{test.fingerprint}.safetensors"
+
+
 def record_all(
     config: UniversalityConfig, test: SegmentationDataset, folder: Path, device: torch.device
 ) -> dict[str, dict[str, Recording]]:
     """{member name: {policy: Recording}} on the test images; recordings of the same weights and images are reused."""
     found, missing = {}, {}
-    everyone = members(config, trained=True) + members(config, trained=False)
+    everyone = [member for state in STATES for member in members(config, state)]
     for member in everyone:
         model = load_member(member, folder)
         cached = {policy: _cached_recording(folder, member, policy, model, test) for policy in config.policies}
@@ -328,7 +374,7 @@ def recording_path(folder: Path, member: str, policy: str) -> Path:
     return folder / "recordings" / f"{member}-{policy.replace(':', '')}.safetensors"
 
 
-def _cached_recording(folder: Path, member: Trained, policy: str, model: nn.Module, test) -> Recording | None:
+def _cached_recording(folder: Path, member: Member, policy: str, model: nn.Module, test) -> Recording | None:
     """The recording on disk if it is of these weights and images; a stale one is made again."""
     path = recording_path(folder, member.name, policy)
     if not path.exists():
@@ -339,117 +385,3 @@ def _cached_recording(folder: Path, member: Trained, policy: str, model: nn.Modu
         return None
     current = recording.model_hash == hash_model(model) and recording.data_hash == test.fingerprint
     return recording if current else None
-
-
-def compare_all(config: UniversalityConfig, recordings: dict, folder: Path) -> dict[tuple, list[Plane]]:
-    """{(kind, policy, estimator): planes of all sites × all sites, one a pair of networks}.
-
-    kind : 'cross' (first against second model), 'own_a' and 'own_b' (two seeds of one model), 'floor' (untrained twins)
-    Written as planes.csv, one row a pair of networks × pair of sites.
-    """
-    jobs = [
-        (kind, policy, estimator, a, b)
-        for policy, estimators in config.policies.items()
-        for estimator in estimators
-        for kind, pairs in network_pairs(config).items()
-        for a, b in pairs
-    ]
-    planes: dict[tuple, list[Plane]] = {}
-    tidy = []
-    for kind, policy, estimator, a, b in progress(jobs, desc="comparing", unit="plane"):
-        measure, options = ESTIMATORS[estimator]
-        result = plane(measure, recordings[a][policy], recordings[b][policy], **options)
-        planes.setdefault((kind, policy, estimator), []).append(result)
-        tidy.append(result.tidy().assign(kind=kind, estimator=estimator, model_a=a, model_b=b))
-    write_table(pd.concat(tidy, ignore_index=True), folder / "planes" / "planes.csv")
-    return planes
-
-
-def network_pairs(config: UniversalityConfig) -> dict[str, list[tuple[str, str]]]:
-    """Which networks are compared, by kind of comparison."""
-
-    def names(recipe: Recipe, trained: bool) -> list[str]:
-        return [Trained(recipe, seed, trained).name for seed in config.seeds]
-
-    first, second = config.models
-    return {
-        "cross": list(itertools.product(names(first, True), names(second, True))),
-        "own_a": list(itertools.combinations(names(first, True), 2)),
-        "own_b": list(itertools.combinations(names(second, True), 2)),
-        "floor": list(itertools.product(names(first, False), names(second, False))),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------- the ruler
-
-
-def calibrate(config: UniversalityConfig, recordings: dict, planes: dict) -> dict[str, pd.DataFrame]:
-    """The tables `pairs` (every site pair), `depth` (pairs at matched relative depth) and `summary` (their means)."""
-    pairs, depth, summary = [], [], []
-    for policy, estimators in config.policies.items():
-        A, B = (recordings[name][policy] for name in network_pairs(config)["cross"][0])
-        for estimator in estimators:
-            kinds = {kind: planes.get((kind, policy, estimator), []) for kind in network_pairs(config)}
-            table = _label(calibration.ruler_table(**kinds), estimator, A, B)
-            pairs.append(table)
-            for part in PARTS:
-                matched = calibration.matched_depth_pairs(A.select(part=part), B.select(part=part))
-                rows = table.set_index(["site_a", "site_b"]).loc[matched].reset_index()
-                rows["relative_depth"] = [i / max(len(matched) - 1, 1) for i in range(len(matched))]
-                depth.append(rows)
-                summary.append(_summarize(config, A, B, rows, kinds["cross"], part, estimator))
-    tables = {"pairs": pairs, "depth": depth}
-    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()} | {
-        "summary": pd.DataFrame(summary)
-    }
-
-
-def _label(table: pd.DataFrame, estimator: str, A: Recording, B: Recording) -> pd.DataFrame:
-    """Which estimator, and which part of its model each site is in."""
-    for side, recording in (("a", A), ("b", B)):
-        parts = {site.name: site.part for site in recording.sites}
-        table.insert(0, f"part_{side}", table[f"site_{side}"].map(parts))
-    table.insert(0, "estimator", estimator)
-    return table
-
-
-def _summarize(
-    config: UniversalityConfig,
-    A: Recording,
-    B: Recording,
-    rows: pd.DataFrame,
-    cross: list[Plane],
-    part: str,
-    estimator: str,
-) -> dict:
-    """One line: the mean over the pairs of a part at matched depth, beside the same mean of null, floor and ceiling."""
-    needed = [key for key in ("similarity", "floor", "ceiling") if rows[key].notna().any()]
-    usable = rows.dropna(subset=needed)  # one set of pairs for every column, or they could not be compared
-    chosen = list(zip(usable["site_a"], usable["site_b"]))
-    measure, options = ESTIMATORS[estimator]
-    null = calibration.permutation_null(
-        measure, A, B, chosen, permutations=config.permutations, seed=config.seeds[0], **options
-    ).iloc[-1]
-    means = [calibration.mean_over(plane_of_seeds, chosen) for plane_of_seeds in cross]
-    similarity, floor, ceiling = (usable[key].mean() for key in ("similarity", "floor", "ceiling"))
-    u = calibration.position(similarity, floor, ceiling)
-    return {
-        "part": part,
-        "measure": MEASURES[measure].label,
-        "estimator": estimator,
-        "policy": A.policy,
-        "similarity": similarity,
-        "low": min(means),
-        "high": max(means),
-        "floor": floor,
-        "ceiling": ceiling,
-        "u": u,
-        "null_mean": null["null_mean"],
-        "null_high": null["null_high"],
-        "p_value": null["p_value"],
-        "verdict": calibration.word(similarity, u, null["null_high"]),
-        "site_pairs": len(chosen),
-        "site_pairs_left_out": len(rows) - len(chosen),
-        "network_pairs": len(means),
-        "n_images": len(A),
-    }

@@ -1,7 +1,6 @@
 """What the universality study shows: its figures, its summary and the short table it prints.
 
-Takes the tables and planes that `universality` made; measures nothing itself, but records full maps of a few images
-for the pictures.
+Takes what `analysis` found; measures nothing itself, but records full maps of a few images for the pictures.
 """
 
 from __future__ import annotations
@@ -13,39 +12,42 @@ import pandas as pd
 import torch
 
 import pictures
+import verdict_figures
 import visualization
 from dataset import SegmentationDataset
 from inference import predict
 from models import TITLES, load_model
-from similarity import Plane, calibration, record_models
-from utils import git_commit, markdown_table, write_table, write_text
+from similarity import alignment, calibration, record_models
+from similarity.measures import MEASURES
+from studies.analysis import DECONFOUNDED, Findings, aligned_components, chosen_pairs
+from studies.ruler import ESTIMATORS, HEADLINE
+from studies.universality_words import METHODS, sentence, short_table, summary_text
+from utils import write_text
 
+SIGNIFICANT = 0.05
 PICTURED = 4  # images in the pictures
 PICTURED_PAIRS = 4  # matched site pairs in the PCA pictures
 SMALLEST_PICTURED_MAP = 4  # cells a side; smaller maps show nothing of the image
 
 
 def write(
-    config, folder: Path, datasets: dict, metrics: pd.DataFrame, planes: dict, tables: dict, device, quiet=False
+    config, folder: Path, datasets: dict, metrics: pd.DataFrame, found: Findings, device, quiet: bool = False
 ) -> None:
-    """Tables, figures, summary.md, and (unless quiet) the short table on the terminal."""
-    for name, table in tables.items():
-        write_table(table, folder / f"{name}.csv")
+    """Figures, summary.md, and (unless quiet) the short table on the terminal."""
     names = titles(config)
     figures = {
-        **plane_figures(config, planes, tables["pairs"], names),
-        "ruler": ruler_figure(config, tables["summary"], names),
-        "depth": depth_figure(config, tables["depth"], names),
+        **plane_figures(config, found, names),
+        **verdict_figures_of(config, found, names),
         "training_curves": curves_figure(config, folder),
+        "shared_space": space_figure(config, found, datasets["test"], names),
         **picture_figures(config, folder, datasets["test"], device),
     }
     for name, figure in figures.items():
         visualization.save(figure, folder / f"{name}.png")
-    text = summary_text(config, datasets, metrics, tables, names)
-    write_text(folder / "summary.md", text)
+    write_text(folder / "summary.md", summary_text(config, datasets, metrics, found.tables, names, found.notes))
     if not quiet:
-        print("\n" + short_table(tables["summary"]))
-        print(sentence(config, tables["summary"], names))
+        print("\n" + short_table(found.tables["summary"]))
+        print(sentence(config, found.tables["summary"], names))
 
 
 def titles(config) -> list[str]:
@@ -56,9 +58,9 @@ def titles(config) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
-def plane_figures(config, planes: dict, pairs: pd.DataFrame, names: list[str]) -> dict:
+def plane_figures(config, found: Findings, names: list[str]) -> dict:
     """Planes of encoder and decoder sites beside floor and ceiling, and the whole plane under every measure."""
-    a, b = names
+    (a, b), pairs = names, found.tables["pairs"]
     n = int(pairs["n_images"].iloc[0])
     network_pairs = len(config.seeds) ** 2
     figures = {}
@@ -79,12 +81,14 @@ def plane_figures(config, planes: dict, pairs: pd.DataFrame, names: list[str]) -
             ylabel=f"{a} site, in execution order",
             label="debiased linear CKA",
             vmax=1.0,
-            caption=f"Debiased linear CKA, mean over space (gap), n = {n} test images, mean over pairs "
-            "of networks; expected value for unrelated features 0.",
+            by_chance={"trained": pivot(chosen, "q_value") > SIGNIFICANT},
+            caption=f"Debiased linear CKA, mean over space (gap), n = {n} test images, mean over pairs of networks; "
+            f"expected for unrelated features: 0. Told from chance: q ≤ {SIGNIFICANT} (Benjamini–Hochberg over all "
+            f"pairs of sites, {config.permutations} permutations of the images, first pair of networks).",
             synthetic=config.is_synthetic,
         )
-    whole = {estimator: mean_plane(planes["cross", "gap", estimator]) for estimator in config.policies["gap"]}
-    first = planes["cross", "gap", "linear_cka"][0]
+    whole = {name: mean_plane(found.comparisons["gap", name]) for name in config.policies["gap"] if not _distance(name)}
+    first = found.comparisons["gap", HEADLINE]
     parts = (
         pairs.drop_duplicates("site_a").set_index("site_a")["part_a"],
         pairs.drop_duplicates("site_b").set_index("site_b")["part_b"],
@@ -109,33 +113,123 @@ def pivot(pairs: pd.DataFrame, column: str) -> pd.DataFrame:
     return pairs.pivot(index="site_a", columns="site_b", values=column).loc[order[0], order[1]]
 
 
-def mean_plane(planes: list[Plane]) -> pd.DataFrame:
+def mean_plane(comparison: calibration.Comparison) -> pd.DataFrame:
     """Mean over pairs of networks."""
-    return pd.DataFrame(np.mean([p.values for p in planes], axis=0), planes[0].rows, planes[0].columns)
+    return pd.DataFrame(comparison.scale()["similarity"], comparison.rows, comparison.columns)
+
+
+def _distance(estimator: str) -> bool:
+    return MEASURES[ESTIMATORS[estimator][0]].distance
+
+
+def verdict_figures_of(config, found: Findings, names: list[str]) -> dict:
+    """The headline figures: the ruler, depth, u by depth, regions, stitching (where there are any)."""
+    tables, synthetic = found.tables, config.is_synthetic
+    summary = tables["summary"]
+    figures = {
+        "ruler": ruler_figure(config, summary, names),
+        "depth": depth_figure(config, tables["depth"], names),
+        "position": position_figure(config, tables["depth"], names),
+    }
+    if not tables["regions"].empty:
+        figures["regions"] = verdict_figures.region_bars(
+            tables["regions"],
+            title=f"Are {names[0]} and {names[1]} more alike inside the lesion than around it?",
+            caption=f"Debiased linear CKA of features averaged over the cells of {tables['regions']['grid'].iloc[0]}, "
+            f"weighted by the mask; mean over pairs at matched relative depth; n = {_counts(tables['regions'])} test "
+            "images (those that have such cells).",
+            synthetic=synthetic,
+        )
+    if not tables["stitching"].empty:
+        rows = tables["stitching"]
+        figures["stitching"] = verdict_figures.stitched_dice(
+            rows.assign(
+                site_b=visualization.short_labels(rows["site_b"], width=30),
+                receiver=[_in_words(name) for name in rows["receiver"]],
+            ),
+            title=f"Can {names[0]} and {names[1]} go on from each other's activations?",
+            caption=f"Only a 1×1 convolution is trained ({config.stitch_images} training images); share of the "
+            f"receiving network's own mean Dice on n = {int(rows['images'].iloc[0])} test images, 95 % bootstrap.",
+            synthetic=synthetic,
+        )
+    return figures
+
+
+def _in_words(network: str) -> str:
+    """'unetpp-seed0' -> 'UNet++, seed 0'."""
+    model, _, seed = network.partition("-seed")
+    return f"{TITLES[model]}, seed {seed}"
+
+
+def _counts(table: pd.DataFrame) -> str:
+    low, high = table["n_images"].min(), table["n_images"].max()
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def ruler_figure(config, summary: pd.DataFrame, names: list[str]):
     """The headline: similarity on the scale from untrained to another seed."""
+    shown = summary[[name == DECONFOUNDED or not _distance(name) for name in summary["estimator"]]]
+    over = shown["interval_over"].iloc[0]
     return visualization.ruler(
-        summary.assign(measure=summary["estimator"]),
+        shown.assign(measure=shown["estimator"], low=shown["similarity_low"], high=shown["similarity_high"]),
         title=f"How similar are {names[0]} and {names[1]}, between untrained and another seed?",
-        spread="range over seeds",
+        spread="95 % interval",
         caption=f"Mean over site pairs at matched relative depth, n = {int(summary.n_images.iloc[0])} test images, "
-        f"{int(summary.network_pairs.iloc[0])} pairs of networks. Null: 95 % point over "
-        f"{config.permutations} permutations of the images of one side (first pair of networks).",
+        f"{int(summary.network_pairs.iloc[0])} pairs of networks; intervals over {over} (delete-d jackknife). Null: "
+        f"95 % point over {config.permutations} permutations of the images of one side (first pair of networks).",
         synthetic=config.is_synthetic,
     )
 
 
+def _headline(depth: pd.DataFrame) -> pd.DataFrame:
+    return depth[(depth.estimator == HEADLINE) & (depth.policy == "gap")].rename(columns={"part_a": "part"})
+
+
 def depth_figure(config, depth: pd.DataFrame, names: list[str]):
     """The headline measure at matched depth, with ceiling and floor."""
-    rows = depth[(depth.estimator == "linear_cka") & (depth.policy == "gap")].rename(columns={"part_a": "part"})
+    rows = _headline(depth)
     return visualization.depth_profile(
         rows,
         title=f"Where along their depth are {names[0]} and {names[1]} similar?",
         ylabel="debiased linear CKA",
         caption=f"Each {names[0]} site with the {names[1]} site at the nearest relative depth; gap, "
         f"n = {int(rows.n_images.iloc[0])} test images, mean over pairs of networks.",
+        synthetic=config.is_synthetic,
+    )
+
+
+def position_figure(config, depth: pd.DataFrame, names: list[str]):
+    """u at matched depth, with ceiling and floor as bands."""
+    rows = _headline(depth)
+    return verdict_figures.position_by_depth(
+        rows,
+        title=f"How far have {names[0]} and {names[1]} come from untrained to another seed?",
+        caption=f"u = (similarity − floor) / (ceiling − floor) of debiased linear CKA, gap, n = "
+        f"{int(rows.n_images.iloc[0])} test images; delete-d jackknife over images, and over seeds with three or more. "
+        "Triangles: beyond the axis. No bar: the scale vanishes in some subsample.",
+        synthetic=config.is_synthetic,
+    )
+
+
+def space_figure(config, found: Findings, test: SegmentationDataset, names: list[str]):
+    """Held-out images of both models in the space of each method, at the last matched pair of the decoders."""
+    a, b = (f"{recipe.model}-seed{config.seeds[0]}" for recipe in config.models)
+    site_a, site_b = chosen_pairs(config, found.recordings)["decoder"][-1]
+    A, B = (found.recordings[name]["gap"] for name in (a, b))
+    shares = {sample.id: float(sample.mask.mean()) for sample in (test[i] for i in range(len(test)))}
+    components, panels = aligned_components(len(A)), []
+    for method in alignment.METHODS:
+        aligned = alignment.align(A, site_a, B, site_b, method=method, components=components, seed=config.seeds[0])
+        panels.append((f"{METHODS[method]}: R² {aligned.r2:.2f}", np.asarray(aligned.a), np.asarray(aligned.b)))
+    short = [visualization.short_labels([site], width=30)[0] for site in (site_a, site_b)]
+    return verdict_figures.shared_space(
+        panels,
+        np.array([shares[id_] for id_ in aligned.ids]),
+        names=names,
+        colour_label="share of the image that is lesion",
+        title=f"Do {names[0]} and {names[1]} put the same images in the same places?",
+        caption=f"{short[0]} and {short[1]} of seed {config.seeds[0]}, gap; n = {len(aligned.ids)} held-out test "
+        "images; maps fitted on the other half. A line joins the two points of one image.",
         synthetic=config.is_synthetic,
     )
 
@@ -209,117 +303,3 @@ def pca_figure(config, models: dict, images: torch.Tensor, ids: list[str]):
         "depth among the sites that have a map.",
         synthetic=config.is_synthetic,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- words
-
-
-def short_table(summary: pd.DataFrame) -> str:
-    """The table that the main job prints: one line a part and estimator."""
-    header = (
-        "part",
-        "estimator",
-        "policy",
-        "similarity",
-        "range over seeds",
-        "null 95 %",
-        "floor",
-        "ceiling",
-        "u",
-        "verdict",
-    )
-
-    def cell(value: float) -> str:
-        return "–" if pd.isna(value) else f"{value:.3f}"
-
-    rows = [
-        (
-            row.part,
-            row.estimator,
-            row.policy,
-            cell(row.similarity),
-            f"{cell(row.low)} … {cell(row.high)}",
-            cell(row.null_high),
-            cell(row.floor),
-            cell(row.ceiling),
-            cell(row.u),
-            row.verdict,
-        )
-        for row in summary.sort_values(["part", "policy"], ascending=[False, True], kind="stable").itertuples()
-    ]
-    return markdown_table(header, rows)
-
-
-def sentence(config, summary: pd.DataFrame, names: list[str]) -> str:
-    """The answer in one line each for encoders and decoders, from the headline estimator."""
-    lines = []
-    for part in ("encoder", "decoder"):
-        row = summary[(summary.part == part) & (summary.estimator == "linear_cka") & (summary.policy == "gap")].iloc[0]
-        scale = place_on_ruler(row)
-        lines.append(
-            f"{part.capitalize()}s of {names[0]} and {names[1]}: {row.verdict}, debiased linear CKA "
-            f"{row.similarity:.2f} (range over seeds {row.low:.2f} to {row.high:.2f}; "
-            f"chance below {row.null_high:.2f}), {scale}."
-        )
-    if len(config.seeds) < 2:
-        lines.append("One seed only: there is no ceiling, and none was made up.")
-    return "\n".join(lines)
-
-
-def place_on_ruler(row) -> str:
-    """Where a similarity stands between floor and ceiling, in words."""
-    ends = f"untrained twins {row.floor:.2f}, another seed {row.ceiling:.2f}"
-    if pd.isna(row.u):
-        return f"no scale to place it on ({ends})"
-    if row.u < 0:
-        return f"no more than without training ({ends})"
-    return f"{row.u:.0%} of the way from untrained to another seed ({ends})"
-
-
-def pictures_of(config) -> str:
-    """Links to the pictures that show images; photographs are shown to who made the run, and published by nobody."""
-    if config.is_synthetic:
-        return "![PCA pictures](pca.png)\n![predictions](predictions.png)"
-    return "`pca.png` and `predictions.png` show photographs of the data set: mind its licence before passing them on."
-
-
-def summary_text(config, datasets: dict, metrics: pd.DataFrame, tables: dict, names: list[str]) -> str:
-    """summary.md: what was run on what, the answer, the tables, what each number means."""
-    kind = "**Synthetic images** (embedded set)" if config.is_synthetic else f"Images of `{Path(config.data).name}`"
-    counts = ", ".join(f"{len(data)} {name}" for name, data in datasets.items())
-    task = metrics.groupby(["model", "seed"])[["iou", "dice", "accuracy", "thresholded_jaccard"]].mean().reset_index()
-    task_rows = [(r.model, r.seed, *(f"{v:.4f}" for v in r[3:])) for r in task.itertuples()]
-    out, seeds = Path(config.out).name, ", ".join(map(str, config.seeds))
-    return f"""# Do {names[0]} and {names[1]} end up with the same representations?
-
-{kind}: {counts}, {config.image_size} px, data {datasets["test"].fingerprint}. Seeds {seeds}.
-Commit {git_commit()}; settings in `config.yaml`, versions and machine in `environment.json`.
-
-{sentence(config, tables["summary"], names)}
-
-## The ruler
-{short_table(tables["summary"])}
-Each number is a mean over site pairs at matched relative depth (`depth.csv`; every site pair is in `pairs.csv`).
-*Similarity*: trained against trained, mean and range over all pairs of seeds. *Null 95 %*: what permuted images reach
-in one case of twenty ({config.permutations} permutations, first pair of networks). *Floor*: the untrained twins.
-*Ceiling*: geometric mean of each architecture's own seed-to-seed similarity.
-*u* = (similarity − floor) / (ceiling − floor).
-*Verdict*: below chance (not above the null's 95 % point), below floor (u < −0.1), at floor (u < 0.1), partial,
-at ceiling (u ≥ 0.9), above ceiling (u > 1.1).
-Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over other pairs
-than those of `gap`. The biased linear CKA is shown only to be read beside its null.
-The range over seeds is no confidence interval over images.
-
-## The task (mean over test images, at {config.image_size} px; intervals in `test_summary.csv`)
-{markdown_table(("model", "seed", "IoU", "Dice", "pixel accuracy", "thresholded Jaccard"), task_rows)}
-## Figures
-![ruler](ruler.png)
-![depth](depth.png)
-![encoder plane](plane_encoder.png)
-![decoder plane](plane_decoder.png)
-![measures](measures.png)
-![training curves](training_curves.png)
-{pictures_of(config)}
-
-Made by `python experiments.py universality` with the settings in `{out}/config.yaml`.
-"""

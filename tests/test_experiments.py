@@ -12,12 +12,16 @@ import yaml
 import experiments
 from models import load_model
 from sources import ImageSource
-from studies import segmentation, universality
+from studies import legacy, segmentation, universality
+from synthetic import make_dataset
 from train import Recipe
 from utils import HOME, InputError
 
 CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
 SMOKE = HOME / "configs" / "smoke.yaml"
+TABLES = ("summary", "pairs", "depth", "controls", "regions", "card", "disagreement", "alignment", "stitching")
+TABLES += ("agreement", "agreement_summary")
+COUNTS = {"Training": 12, "Validation": 4, "Test": 24}
 POLICIES = '{"gap": ["linear_cka", "rsa"], "grid:4": ["linear_cka"]}'
 
 
@@ -25,14 +29,14 @@ def tiny(root, out, *more: str) -> list[str]:
     """The smoke preset on a few images: two models × two seeds, one epoch each."""
     return [
         *("--config", str(SMOKE), "--data", str(root), "--out", str(out), "--device", "cpu"),
-        *("--policies", POLICIES, "--permutations", "5", *more),
+        *("--policies", POLICIES, "--permutations", "5", "--resamples", "4", *more),
     ]
 
 
 @pytest.fixture(scope="module")
-def root(synthetic_root, tmp_path_factory):
-    """A copy, because one test changes it for a moment."""
-    return shutil.copytree(synthetic_root, tmp_path_factory.mktemp("images") / "set")
+def root(tmp_path_factory):
+    """As few test images as the study takes; a set of its own, because one test changes it for a moment."""
+    return make_dataset(tmp_path_factory.mktemp("images") / "set", counts=COUNTS, size=64, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +79,18 @@ def test_the_command_line_wins_wherever_the_yaml_is_named():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_yaml_parses_and_settles(path):
-    study = "segmentation" if path.stem == "ablation" or path.stem.startswith("segmentation_") else "universality"
+    study = "segmentation" if path.stem == "ablation" else path.stem.partition("_")[0]
+    study = study if study in experiments.STUDIES else "universality"
     config = experiments.load_config(study, ["--config", str(path)])
     stored = yaml.safe_load(path.read_text())
-    for key in set(stored) - {"models"}:
+    for key in set(stored) - {"models", "pairs"}:
         assert getattr(config, key) == stored[key], key
     if study == "universality":
         settled = universality.settle(config)
         for recipe, row in zip(settled.models, stored["models"]):
             assert {key: getattr(recipe, key) for key in row} == row
+    elif study == "legacy":
+        assert [pair.unetpp for pair in legacy.settle(config).pairs] == [pair["unetpp"] for pair in stored["pairs"]]
     else:
         jobs = segmentation.trainings(dataclasses.replace(config, out="somewhere"))
         assert len(jobs) == len(config.seeds) * (1 + len(config.variants))
@@ -189,11 +196,78 @@ def test_the_study_writes_all_it_promises(finished):
 def test_the_studys_tables_hold_every_part_and_stay_in_range(finished):
     summary, metrics = pd.read_csv(finished / "summary.csv"), pd.read_csv(finished / "test_metrics.csv")
     assert {"encoder", "decoder"} == set(summary["part"])
-    assert {"linear_cka", "rsa"} == set(summary["estimator"])
+    assert {"linear_cka", "rsa", "linear_cka_deconfounded"} == set(summary["estimator"])
     assert {"similarity", "floor", "ceiling", "null_mean", "p_value"} <= set(summary)
-    assert (summary["similarity"] <= 1).all() and (summary["n_images"] == 8).all()
+    assert (summary["similarity"] <= 1).all() and (summary["n_images"] == 24).all()
     assert summary["p_value"].between(1 / 6, 1).all()  # five permutations can show no less
-    assert len(metrics) == 8 * 4 and metrics.groupby(["model", "seed"])["id"].nunique().eq(8).all()
+    assert len(metrics) == 24 * 4 and metrics.groupby(["model", "seed"])["id"].nunique().eq(24).all()
+
+
+def test_every_stage_of_the_analysis_has_its_table_and_figure(finished):
+    """What each holds is tested where it is made; here, that none is left out."""
+    rows = {name: len(pd.read_csv(finished / f"{name}.csv")) for name in TABLES}
+    assert rows["summary"] == rows["card"] == 2 * 4 and rows["regions"] == 2 * 4  # parts × estimators, × regions
+    assert rows["stitching"] == 2 * 3 and rows["alignment"] % 3 == 0 < rows["alignment"]
+    assert rows["agreement"] == 24 * (4 + 1 + 1) and rows["disagreement"] == 2 * 3 and rows["controls"] > 0
+    for name in ("ruler", "position", "regions", "stitching", "shared_space", "plane_encoder", "plane_decoder"):
+        assert (finished / f"{name}.png").stat().st_size > 0
+        assert f"({name}.png)" in (finished / "summary.md").read_text(encoding="utf-8")
+
+
+def test_a_network_of_one_seed_only_has_no_ceiling_and_the_page_says_so(root, tmp_path):
+    experiments.main(tiny(root, tmp_path / "one", "--seeds", "[3]", "--policies", '{"gap": ["linear_cka"]}'))
+    summary, page = pd.read_csv(tmp_path / "one" / "summary.csv"), (tmp_path / "one" / "summary.md").read_text()
+    assert summary[["ceiling", "u", "u_low"]].isna().all(axis=None) and summary["floor"].notna().all()
+    assert summary["verdict"].isin(["no scale: the ceiling is not above the floor", "below chance"]).all()
+    assert "One seed only: there is no ceiling, and none was made up." in page
+    assert not (tmp_path / "one" / "stitching.png").exists() and "stitching.png" not in page
+
+
+def test_fewer_than_twenty_test_images_are_refused_before_anything_is_trained(synthetic_root, tmp_path):
+    with pytest.raises(InputError, match="8 test images: at least 20 are needed"):
+        experiments.main(tiny(synthetic_root, tmp_path / "few"))
+    assert not (tmp_path / "few").exists()
+
+
+def test_controls_that_explain_everything_are_said_and_the_rest_of_the_study_stays(
+    root, finished, tmp_path, monkeypatch
+):
+    out = tmp_path / "results"
+    shutil.copytree(finished, out)
+    actual = universality.analysis.controls.control_recordings
+
+    def twice(dataset):
+        found = actual(dataset)
+        site = dataclasses.replace(found.sites[0], name="again")
+        features = found.features | {"again": 2 * found.features[found.sites[0].name]}
+        return dataclasses.replace(found, features=features, sites=[*found.sites, site])
+
+    monkeypatch.setattr(universality.analysis.controls, "control_recordings", twice)
+    experiments.main(tiny(root, out))
+    page = (out / "summary.md").read_text()
+    assert "linear_cka_deconfounded" not in set(pd.read_csv(out / "summary.csv")["estimator"])
+    assert "The deconfounded similarity is left out: the controls" in page and "linearly dependent" in page
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ('{"unet": {"epochs": 2}}', "overrides: no model 'unet' in this study; closest: 'unetpp'"),
+        ('{"unetpp": {"epoch": 2}}', "overrides of unetpp: unknown setting 'epoch'; closest: 'epochs'"),
+    ],
+)
+def test_overrides_of_one_model_are_checked_by_name(overrides, words, root, tmp_path):
+    with pytest.raises(InputError, match=words):
+        experiments.main(tiny(root, tmp_path / "out", "--overrides", overrides))
+
+
+def test_an_override_changes_one_model_alone():
+    config = experiments.load_config(
+        "universality", ["--overrides", '{"unetpp": {"epochs": 7, "normalization": "half"}}']
+    )
+    unetpp, mask2former = universality.settle(config).models
+    assert (unetpp.epochs, unetpp.normalization) == (7, "half")
+    assert (mask2former.epochs, mask2former.normalization) == (12, "imagenet")
 
 
 def test_the_study_measures_on_test_images_and_trains_without_them(finished, root):
@@ -268,7 +342,7 @@ def test_an_interrupted_study_continues_to_the_same_numbers(finished, root, tmp_
     trained = out / "models" / "unetpp-seed1" / "best" / "model.safetensors"
     stamp = trained.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(universality, "compare_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(universality.analysis.ruler, "compare_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             experiments.main(tiny(root, out))
     recorded = stamps(out / "recordings")

@@ -83,12 +83,16 @@ def interval(value, se, *, df=math.inf, level: float = 0.95) -> tuple:
 # --------------------------------------------------------------------------------------------------- and over seeds
 
 
-def seed_variance(leave_one_out: Sequence[float]) -> float:
-    """(k − 1)/k · Σ (v − v̄)², v the statistic without each of the k seeds of one architecture in turn (Tukey 1958)."""
+def seed_variance(leave_one_out: Sequence[float] | Sequence[np.ndarray]) -> float | np.ndarray:
+    """(k − 1)/k · Σ (v − v̄)², v the statistic without each of the k seeds of one architecture in turn (Tukey 1958).
+
+    Numbers, or arrays of one shape: then of every entry.
+    """
     values = np.asarray(leave_one_out, dtype=float)
-    if values.ndim != 1 or len(values) < 2:
-        raise ValueError(f"a variance over seeds needs one number for each of at least 2 seeds, got {leave_one_out!r}")
-    return float((len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum())
+    if values.ndim == 0 or len(values) < 2:
+        raise ValueError(f"a variance over seeds needs one value for each of at least 2 seeds, got {leave_one_out!r}")
+    variance = (len(values) - 1) / len(values) * ((values - values.mean(0)) ** 2).sum(0)
+    return variance if variance.ndim else float(variance)
 
 
 def combine(image_se, seed_variances: Sequence[float], counts: Sequence[int]) -> tuple:

@@ -227,6 +227,8 @@ def test_the_interval_is_the_normal_one_or_students():
 def test_the_jackknife_over_seeds_is_the_one_worked_out_by_hand():
     # v̄ = 0.6, deviations −0.1, 0.1, 0 -> Σ 0.02, times 2/3
     assert seed_variance([0.5, 0.7, 0.6]) == pytest.approx(0.02 * 2 / 3)
+    planes = [np.array([[0.5, 1.0]]), np.array([[0.7, 1.0]]), np.array([[0.6, 1.0]])]
+    np.testing.assert_allclose(seed_variance(planes), [[0.02 * 2 / 3, 0.0]], atol=1e-15)
     seeds = gaussian(6, seed=8)  # of a mean it is s²/k
     assert seed_variance([np.delete(seeds, i).mean() for i in range(6)]) == pytest.approx(seeds.var(ddof=1) / 6)
 

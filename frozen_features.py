@@ -54,14 +54,13 @@ class FrozenFeatures:
         store = self.stores[size]
         new = [place for place, name in enumerate(names) if name not in store.row_of]
         self.computed, self.read = self.computed + len(new), self.read + len(names) - len(new)
+        fresh = self.compute(images[new]) if new else None
         if new:
-            answer = self.compute(images[new])
-            store.keep([names[place] for place in new], answer)
-            if len(new) == len(names):
-                return answer
-        if not all(name in store.row_of for name in names):
-            return self.compute(images)  # the files are full
-        return store.answer(names, images)
+            store.keep([names[place] for place in new], fresh)
+        if all(name in store.row_of for name in names):
+            # also what was computed just now: its layout in memory may differ, and so the last bits of what follows
+            return store.answer(names, images)
+        return fresh if len(new) == len(names) else self.compute(images)  # the files are full
 
 
 class _Store:

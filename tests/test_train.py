@@ -519,6 +519,25 @@ def test_tensorboard_gets_every_number_of_the_history_where_it_is_installed(base
     assert [written["validation_iou", step] for step in (1, 2)] == pytest.approx(table["validation_iou"].tolist())
 
 
+@pytest.mark.parametrize("model", ["unetpp", "mask2former"])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_that_keeps_features_and_is_interrupted_ends_bit_identical(base, tmp_path, monkeypatch, model, epoch):
+    """Whether the process dies while the features are written or while they are read."""
+    config = dataclasses.replace(base, model=model, freeze=["encoder"], cache_features=True)
+    monkeypatch.setenv("ISIC_FEATURES", str(tmp_path / "whole features"))
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    monkeypatch.setenv("ISIC_FEATURES", str(tmp_path / "features"))
+    config = dataclasses.replace(config, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        interrupt_epoch(patch, epoch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    folder = train(config)
+    for kept in ("best", "last"):
+        assert same_weights(folder / kept, whole / kept)
+    pd.testing.assert_frame_equal(history(folder).drop(columns="seconds"), history(whole).drop(columns="seconds"))
+
+
 def test_kept_features_of_a_frozen_encoder_train_the_same_model(base, tmp_path, monkeypatch):
     monkeypatch.setenv("ISIC_FEATURES", str(tmp_path / "features"))
     config = dataclasses.replace(base, model="mask2former", freeze=["encoder"], epochs=3, average=0.5)

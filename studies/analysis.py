@@ -345,7 +345,7 @@ def stitching_table(config, recordings: Mapping, datasets: Mapping, networks: Ca
     a, b = ([f"{recipe.model}-seed{seed}" for seed in config.seeds] for recipe in config.models)
     untrained = {name: f"{name}-untrained" for name in (*a, *b)}
     first = [networks(names[0]) for names in (a, b)]
-    matched = stitched.matched_sites(*first, image_size=config.image_size)
+    matched = stitched.matched_sites(*first, image_size=config.image_size, stride=config.stitch_stride)
     jobs = stitched.plan(a, b, untrained, matched, pairs=config.stitch_pairs)
     used = sorted({name for job in jobs for name in (job.giver, job.receiver)})
     settings = {"images": config.stitch_images, "epochs": config.stitch_epochs, "learning_rate": STITCH_RATE}

@@ -15,8 +15,10 @@ import pandas as pd
 
 from similarity import Plane, Recording, calibration, intervals, plane
 from similarity.calibration import Comparison, Resamples, matched_depth_pairs
+from similarity.exact_nulls import exact_moments
 from similarity.measures import MEASURES
 from similarity.nulls import Null, benjamini_hochberg, plane_null
+from similarity.plane import rows_an_image
 from similarity.policies import parse_policy
 from similarity.resampling import resampled_planes
 from utils import atomic_path, digest, progress, write_table
@@ -213,15 +215,15 @@ def calibrate(
         A, B = _first_pair(config, recordings, policy)
         table = calibration.ruler_table(comparison, resamples[key])
         table = _labelled(table, policy, estimator, A, B)
-        table = with_null(table, nulls[key])
+        table = with_null(table, nulls[key]).assign(p_exact=exact_p(estimator, A, B))
+        table["verdict"] = [
+            calibration.word(row.similarity, row.u, row.null_high, distance=comparison.distance)
+            for row in table.itertuples()
+        ]
         tables["pairs"].append(table)
         for part, pairs in matched(A, B).items():
             rows = table.set_index(["site_a", "site_b"]).loc[pairs].reset_index()
             rows["relative_depth"] = np.arange(len(pairs)) / max(len(pairs) - 1, 1)
-            rows["verdict"] = [
-                calibration.word(row.similarity, row.u, row.null_high, distance=comparison.distance)
-                for row in rows.itertuples()
-            ]
             tables["depth"].append(rows)
             line = {"part": part, "measure": MEASURES[ESTIMATORS[estimator][0]].label, "estimator": estimator}
             line |= {"policy": policy}
@@ -260,6 +262,14 @@ def with_null(table: pd.DataFrame, null: Null) -> pd.DataFrame:
     table = table.assign(**columns)
     table["p_best"] = best.reindex(pd.MultiIndex.from_frame(table[["site_a", "site_b"]])).to_numpy()
     return table
+
+
+def exact_p(estimator: str, A: Recording, B: Recording) -> np.ndarray | float:
+    """p of every cell from the null's exact moments, which any p however small has; NaN where there is no such form."""
+    measure, options = ESTIMATORS[estimator]
+    if measure not in ("linear_cka", "rbf_cka") or rows_an_image(A) > 1:
+        return np.nan
+    return exact_moments(measure, A, B, **options).p_values().ravel()
 
 
 def summarize(comparison: Comparison, resamples: Resamples, null: Null | None, pairs: list[tuple[str, str]]) -> dict:

@@ -57,6 +57,7 @@ class UniversalityConfig(ImageSource):
         resamples: subsamples of the images, for the intervals
         alignment_splits: random halves of the images on which both models are brought into one space
         stitch_pairs: pairs of decoder sites that are stitched, in both directions; 0 leaves stitching out
+        stitch_stride: only maps of image_size / stitch_stride cells a side are stitched; none: of every size
         stitch_images: training images that each stitch is trained on
         stitch_epochs: passes over them
         batch_size: images at a time when scoring and recording
@@ -75,6 +76,7 @@ class UniversalityConfig(ImageSource):
     resamples: int = 100
     alignment_splits: int = 5
     stitch_pairs: int = 2
+    stitch_stride: int | None = None
     stitch_images: int = 200
     stitch_epochs: int = 1
     batch_size: int = 32

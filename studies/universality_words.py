@@ -93,6 +93,15 @@ def place_on_ruler(row) -> str:
     return f"{row.u:.0%} of the way from untrained to another seed ({ends}{interval})"
 
 
+def begun(summary: pd.DataFrame) -> str:
+    """What the pretrained twins, with which training began, scored; '' where all began at random weights."""
+    rows = {part: headline(summary, part) for part in PARTS}
+    if all(pd.isna(row.start) for row in rows.values()):
+        return ""
+    values = ", ".join(f"{part} {row.start:.3f}" for part, row in rows.items())
+    return f"*Pretrained twins* (what training began with, where an encoder came with weights): {values} (headline).\n"
+
+
 # ------------------------------------------------------------------------------------------------------ further tables
 
 
@@ -275,8 +284,8 @@ first pair of networks; `pairs.csv` holds p, q (Benjamini–Hochberg) and, for e
 *u* = (similarity − floor) / (ceiling − floor).
 *Verdict*: below chance (not above the null's 95 % point), below floor (u < −0.1), at floor (u < 0.1), partial,
 at ceiling (u ≥ 0.9), above ceiling (u > 1.1).
-Estimators: {labels}. `linear_cka_deconfounded` is the headline with the kernels of raw pixels, mask (area, place,
-shape) and mean colour regressed out of both sides (no permutation null: what is left is not exchangeable).
+{begun(summary)}Estimators: {labels}. `linear_cka_deconfounded` is the headline with the kernels of raw pixels, mask
+(area, place, shape) and mean colour regressed out of both sides (no permutation null: what is left is not exchangeable).
 Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over other pairs
 than those of `gap`. The biased linear CKA is shown only to be read beside its null. Of distances, small is alike.
 {" ".join(notes)}

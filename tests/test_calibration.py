@@ -77,6 +77,7 @@ def test_position_is_zero_at_the_floor_and_one_at_the_ceiling():
         (0.05, 0.5, 0.06, "below chance"),
         (0.06, 0.5, 0.06, "below chance"),
         (0.05, math.nan, 0.06, "below chance"),
+        (math.nan, math.nan, math.nan, "no number"),
         (0.5, math.nan, 0.06, "no scale"),
         (0.5, -0.3, 0.06, "below floor"),
         (0.5, -0.1, 0.06, "at floor"),

@@ -16,7 +16,10 @@ from utils import digest
 
 N, SITES = 150, ("encoder.0", "encoder.1", "decoder.0", "decoder.1")
 CONFIG = {"seeds": [0, 1, 2], "permutations": 99, "resamples": 40}
-CONFIG |= {"models": [SimpleNamespace(model="a"), SimpleNamespace(model="b")], "policies": {"gap": ["linear_cka", "rsa"]}}
+CONFIG |= {
+    "models": [SimpleNamespace(model="a"), SimpleNamespace(model="b")],
+    "policies": {"gap": ["linear_cka", "rsa"]},
+}
 TASK, PIXELS = (np.random.default_rng(seed).normal(size=(N, 6)) * [3, 2, 1.5, 1, 1, 1] for seed in (101, 102))
 
 

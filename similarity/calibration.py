@@ -138,8 +138,8 @@ def position(similarity, floor, ceiling, *, distance: bool = False):
 def word(similarity: float, u: float, null_edge: float, *, distance: bool = False) -> str:
     """The place on the ruler in a word.
 
-    no number (a constant site) / below chance (not beyond the null's 95 % point) / below floor (u < −0.1) / at floor (u < 0.1) / partial / at ceiling
-    (u ≥ 0.9) / above ceiling (u > 1.1)
+    no number (a constant site) / below chance (not beyond the null's 95 % point) / below floor (u < −0.1) / at floor
+    (u < 0.1) / partial / at ceiling (u ≥ 0.9) / above ceiling (u > 1.1)
     """
     if math.isnan(similarity):
         return "no number"

@@ -285,7 +285,7 @@ first pair of networks; `pairs.csv` holds p, q (Benjamini–Hochberg) and, for e
 *Verdict*: below chance (not above the null's 95 % point), below floor (u < −0.1), at floor (u < 0.1), partial,
 at ceiling (u ≥ 0.9), above ceiling (u > 1.1).
 {begun(summary)}Estimators: {labels}. `linear_cka_deconfounded` is the headline with the kernels of raw pixels, mask
-(area, place, shape) and mean colour regressed out of both sides (no permutation null: what is left is not exchangeable).
+(area, place, shape) and mean colour regressed out of both sides (no permutation null: what is left cannot be permuted).
 Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over other pairs
 than those of `gap`. The biased linear CKA is shown only to be read beside its null. Of distances, small is alike.
 {" ".join(notes)}

@@ -160,7 +160,6 @@ def legacy_points(table: pd.DataFrame, *, title: str, caption: str, synthetic: b
         _plain(ax)
     axes[0].set_yticks(range(len(pairs)), pairs, fontsize=7)
     axes[0].set_ylim(len(pairs) - 0.5, -0.5)
-    axes[0].set_ylabel("UNet++ site | Mask2Former site", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     return settle(figure)

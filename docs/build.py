@@ -1,6 +1,6 @@
-"""Make the pages of this folder that are tables of the code and of results: measures.md and benchmarks.md.
+"""Make what is tables of the code and of results: measures.md and benchmarks.md here, the answer in the README.
 
-`python docs/build.py` writes both; a test compares them with what is committed.
+`python docs/build.py` writes all; tests compare them with what is committed.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
+import yaml
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 sys.path.insert(0, str(PROJECT))
 
 from similarity import measures  # noqa: E402
+from studies import universality_words as words  # noqa: E402
 from utils import markdown_table, write_text  # noqa: E402
 
 BENCHMARKS = PROJECT / "results" / "benchmarks"
+REFERENCE = "results/universality-isic2018_256-mobilenet_v2"
+MARKS = ("<!-- answer: python docs/build.py -->", "<!-- end -->")
 MADE = "<!-- made by `python docs/build.py` -->\n"
 
 
@@ -155,7 +160,25 @@ def _cell(value) -> str:
 PAGES = {"measures.md": measures_page, "benchmarks.md": benchmarks_page}
 
 
+def answer() -> str:
+    """The first thing of the README: the reference run's figure, its sentences and its table."""
+    summary = pd.read_csv(PROJECT / REFERENCE / "summary.csv")
+    seeds = yaml.safe_load((PROJECT / REFERENCE / "config.yaml").read_text(encoding="utf-8"))["seeds"]
+    sentences = words.sentence(SimpleNamespace(seeds=seeds), summary, ["UNet++", "Mask2Former"]).split("\n")
+    listed = "\n".join(f"- {sentence}" for sentence in sentences)
+    return f"![ruler]({REFERENCE}/ruler.png)\n\n{listed}\n\n{words.short_table(summary)}"
+
+
+def with_answer(readme: str) -> str:
+    """The README with what stands between its marks made anew."""
+    before, _, rest = readme.partition(MARKS[0])
+    return f"{before}{MARKS[0]}\n{answer()}{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+
+
 if __name__ == "__main__":
     for page, make in PAGES.items():
         write_text(HERE / page, make())
         print(HERE / page)
+    readme = PROJECT / "README.md"
+    write_text(readme, with_answer(readme.read_text(encoding="utf-8")))
+    print(readme)

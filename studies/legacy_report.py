@@ -115,7 +115,8 @@ def figure(config, table: pd.DataFrame, datasets: dict):
     return verdict_figures.legacy_points(
         shown,
         title="Which of the earlier study's numbers come back, and what do the corrected ones say?",
-        caption=f"Rows: UNet++ site × Mask2Former site. Published: other networks and images unless the settings say so. Here: seeds {config.seeds[0]} and "
+        caption=f"Rows: UNet++ site × Mask2Former site. Published: other networks and images unless the settings say "
+        f"so. Here: seeds {config.seeds[0]} and "
         f"{config.seeds[1]}, n = {len(datasets['validation'])} validation images; corrected: debiased linear CKA and "
         f"RBF-CKA, SVCCA (99 %), RSA, mean over runs; {config.permutations} permutations.",
         synthetic=config.is_synthetic,

@@ -47,13 +47,8 @@ def position_by_depth(depth: pd.DataFrame, *, title: str, caption: str, syntheti
         ax.axhspan(0.9, 1.1, color=GREEN, alpha=0.25, lw=0, label="at ceiling: another seed")
         ax.axhspan(-0.1, 0.1, color=ORANGE, alpha=0.3, lw=0, label="at floor: untrained twins")
         shown = rows[rows["u"].between(low, high)]
-        ax.vlines(
-            shown["relative_depth"],
-            shown["u_low"].clip(low, high),
-            shown["u_high"].clip(low, high),
-            color=BLACK,
-            lw=1.4,
-        )
+        ends = (rows["u_low"].clip(low, high), rows["u_high"].clip(low, high))
+        ax.vlines(rows["relative_depth"], *ends, color=BLACK, lw=1.4)
         ax.plot(shown["relative_depth"], shown["u"], "o-", color=BLACK, lw=1.2, ms=5, label="u with 95 % interval")
         for outside, marker, height in ((rows["u"] > high, "^", high), (rows["u"] < low, "v", low)):
             if outside.any():

@@ -135,7 +135,7 @@ def position(similarity, floor, ceiling, *, distance: bool = False):
     return pd.Series(u, similarity.index) if isinstance(similarity, pd.Series) else u if u.ndim else float(u)
 
 
-def word(similarity: float, u: float, null_edge: float, *, distance: bool = False) -> str:
+def word(similarity: float, u: float, null_edge: float, ceiling: float = math.inf, *, distance: bool = False) -> str:
     """The place on the ruler in a word.
 
     no number (a constant site) / below chance (not beyond the null's 95 % point) / below floor (u < −0.1) / at floor
@@ -146,7 +146,9 @@ def word(similarity: float, u: float, null_edge: float, *, distance: bool = Fals
     if similarity >= null_edge if distance else similarity <= null_edge:
         return "below chance"
     if math.isnan(u):
-        return "no scale: the ceiling is not above the floor"
+        if math.isnan(ceiling):
+            return "no scale: no ceiling"
+        return f"no scale: the ceiling is not {'below' if distance else 'above'} the floor"
     if u < 0.1:
         return "below floor" if u < -0.1 else "at floor"
     return "partial" if u < 0.9 else "at ceiling" if u <= 1.1 else "above ceiling"

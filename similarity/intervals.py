@@ -8,7 +8,7 @@ comes twice, whatever the measure. One image's several rows stay together.
 
 What the interval is for: the estimator's expectation at this n. And it speaks of a similarity that is there: of two
 independent sides a debiased statistic is degenerate (its first-order terms vanish, and a jackknife that scales by the
-first order is then too wide), so whether there is any similarity is decided by the null (`calibration`), not by whether
+first order is then too wide), so whether there is any similarity is decided by the null (`nulls`), not by whether
 an interval holds zero. Over seeds of an architecture the variance is a plain jackknife; `combine` adds the two.
 """
 

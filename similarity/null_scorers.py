@@ -26,7 +26,6 @@ PIECE = 16_384  # image pairs gathered at a time: what they hold stays in a core
 GATHERING = 10  # gathering a number costs about as much as so many multiply-adds
 CALL = 300_000  # and starting the product of a pair in feature space about as much as so many
 LONG_WORK = 1e9  # numbers gathered in all; fewer are kept in float64, where float32 would save little
-BLOCKS = 8  # rows of blocks of a cubed Gram matrix
 # Nulls within this of the observed value have reached it. float64: as the measures' own sums. float32: Gram matrices
 # of unit norm are rounded by 6e-8 of each entry, and Σ|aᵢⱼbᵢⱼ| <= 1 bounds what that does to a product of two by
 # 1.2e-7; adding up PIECE products in float32 a few times that. The spread of a null is far larger, ≈ 1/n.

@@ -20,7 +20,6 @@ from dataset import SegmentationDataset
 from similarity import (
     Recording,
     alignment,
-    calibration,
     card,
     deconfounding,
     intervals,
@@ -30,6 +29,7 @@ from similarity import (
 )
 from similarity.calibration import Comparison, Resamples
 from similarity.nulls import Null
+from similarity.plane import rows_an_image
 from similarity.policies import parse_policy
 from similarity.resampling import resampled_planes
 from studies import controls, mask_agreement, ruler, stitched
@@ -39,6 +39,7 @@ from utils import digest, write_table
 
 ALIGNED_PAIRS = 3  # site pairs a part that are brought into one space
 STITCH_RATE = 1e-3  # of the map between two sites
+STITCH_BATCH = 16
 DECONFOUNDED = "linear_cka_deconfounded"
 
 
@@ -79,7 +80,7 @@ def analyse(
     except ValueError as reason:  # the controls explain each other, or all that there is
         notes.append(f"The deconfounded similarity is left out: {reason}.")
         print(f"note: {notes[-1]}")
-    tables["regions"] = region_table(config, recordings, test)
+    tables["regions"] = region_table(config, recordings, test, folder)
     tables["card"] = convergence_card(config, recordings, tables["summary"])
     tables["disagreement"] = disagreement_table(tables["summary"])
     tables["alignment"] = alignment_table(config, recordings)
@@ -155,10 +156,11 @@ def deconfounded_summary(config, recordings: Mapping, control: Recording) -> pd.
 # -------------------------------------------------------------------------------------------------------------- where
 
 
-def region_table(config, recordings: Mapping, test: SegmentationDataset) -> pd.DataFrame:
+def region_table(config, recordings: Mapping, test: SegmentationDataset, folder: Path) -> pd.DataFrame:
     """The headline measure on cells inside, on the border of and outside the lesion, beside all cells; one row a part.
 
-    Columns region, part, those of `calibration.with_intervals`, site_pairs, n_images; empty without a `grid` policy.
+    Columns region, part, grid, those of `ruler.summarize`; empty without a `grid` policy. Regions that fewer than 20
+    images have are left out, and a line on the terminal says so.
     """
     grids = [policy for policy in config.policies if parse_policy(policy)[0] == "grid"]
     if not grids:
@@ -169,13 +171,18 @@ def region_table(config, recordings: Mapping, test: SegmentationDataset) -> pd.D
     networks = ruler.network_pairs(config, recordings)
     rows = []
     for region, cells in weights.items():
+        have = sum(1 for weight in cells.values() if weight.sum() > 0)
+        if have < intervals.FEWEST_IMAGES:
+            print(f"note: {have} images have {region} cells, too few to compare; the region is left out")
+            continue
         pooled = {name: regions.pooled(policies[finest], cells) for name, policies in recordings.items()}
         jobs = {
             (kind, *seeds): (pooled[a], pooled[b])
             for kind, pairs in networks.items()
             for seeds, (a, b) in pairs.items()
         }
-        resamples = ruler.resample(config, jobs, HEADLINE)
+        path = folder / "planes" / f"resamples-{region.replace(' ', '_')}.npz"
+        resamples = ruler.resample(config, jobs, HEADLINE, path)
         measure, options = ruler.ESTIMATORS[HEADLINE]
         planes: dict[str, dict] = {kind: {} for kind in ruler.KINDS}
         for job, sides in jobs.items():
@@ -183,9 +190,8 @@ def region_table(config, recordings: Mapping, test: SegmentationDataset) -> pd.D
         comparison = ruler.as_comparison(planes)
         A, B = next(iter(jobs.values()))
         for part, pairs in ruler.matched(A, B).items():
-            values = calibration.with_intervals(comparison, resamples, pairs)
-            line = {"region": region, "part": part} | {name: float(value) for name, value in values.items()}
-            rows.append(line | {"site_pairs": len(pairs), "n_images": len(A), "grid": finest})
+            line = {"region": region, "part": part, "grid": finest}
+            rows.append(line | ruler.summarize(comparison, resamples, None, pairs))
     return pd.DataFrame(rows)
 
 
@@ -210,7 +216,7 @@ def convergence_card(config, recordings: Mapping, summary: pd.DataFrame) -> pd.D
                 "n_images": line.n_images,
                 "effective_rank_a": ranks[0],
                 "effective_rank_b": ranks[1],
-                "biased_cka_by_chance": card.biased_by_chance(len(A.matrix(A.names[0])), *ranks),
+                "biased_cka_by_chance": _chance(line.n_images, A, *ranks),
                 "se_over_images": line.similarity_image_se,
                 "images_needed": card.images_needed(line.n_images, line.similarity_image_se),
                 "interval_over": line.interval_over,
@@ -220,6 +226,11 @@ def convergence_card(config, recordings: Mapping, summary: pd.DataFrame) -> pd.D
             }
         )
     return pd.DataFrame(rows)
+
+
+def _chance(images: int, recording: Recording, rank_a: float, rank_b: float) -> float:
+    """Of biased linear CKA; NaN where an image has several rows: the formula takes rows for independent."""
+    return np.nan if rows_an_image(recording) > 1 else card.biased_by_chance(images, rank_a, rank_b)
 
 
 def disagreement_table(summary: pd.DataFrame) -> pd.DataFrame:
@@ -259,18 +270,19 @@ def chosen_pairs(config, recordings: Mapping, count: int = ALIGNED_PAIRS) -> dic
     return found
 
 
-def aligned_components(images: int) -> int:
-    """Dimensions of the shared space: ten, or fewer where half of the images could not carry them."""
-    return min(10, images // 2 // alignment.IMAGES_A_COMPONENT)
+def aligned_by(images: int) -> dict[str, int]:
+    """Dimensions of the shared space and neighbours of its graph: ten, or what half of the images allows."""
+    half = images - images // 2
+    return {"components": min(10, half // alignment.IMAGES_A_COMPONENT), "neighbors": min(10, half - 2)}
 
 
 def alignment_table(config, recordings: Mapping) -> pd.DataFrame:
     """Both models in one space, fitted on half of the images and scored on the other: one row a pair × method."""
     a, b = next(iter(ruler.network_pairs(config, recordings)["cross"].values()))
-    components = aligned_components(len(recordings[a]["gap"]))
+    options = aligned_by(len(recordings[a]["gap"]))
     tables = [
         alignment.alignment_table(
-            recordings[a]["gap"], recordings[b]["gap"], pairs, splits=config.alignment_splits, components=components
+            recordings[a]["gap"], recordings[b]["gap"], pairs, splits=config.alignment_splits, **options
         ).assign(part=part)
         for part, pairs in chosen_pairs(config, recordings).items()
     ]
@@ -297,8 +309,10 @@ def agreement_table(
             if kind == "cross":
                 A, B = recordings[a]["gap"], recordings[b]["gap"]
                 for part, pairs in ruler.matched(A, B).items():
-                    agreed = per_image.mean_agreement(A, B, varying(A, B, pairs)).set_index("id")["agreement"]
-                    table[f"agreement_{part}"] = agreed.loc[table["id"]].to_numpy()
+                    table[f"agreement_{part}"] = np.nan
+                    if chosen := varying(A, B, pairs):
+                        agreed = per_image.mean_agreement(A, B, chosen).set_index("id")["agreement"]
+                        table[f"agreement_{part}"] = agreed.loc[table["id"]].to_numpy()
             tables.append(table.assign(kind=kind, model_a=a, model_b=b))
     return pd.concat(tables, ignore_index=True)
 
@@ -327,6 +341,8 @@ def agreement_summary(table: pd.DataFrame) -> pd.DataFrame:
             continue
         for part in PARTS:
             agreed = images[f"agreement_{part}"].rename("agreement").dropna().reset_index()
+            if agreed.empty:
+                continue
             found = mask_agreement.follows(images.loc[agreed["id"]].reset_index(), agreed)
             for prefix, words in (("", ""), ("partial_", ", lesion area held fixed")):
                 value = found["partial" if prefix else "spearman"]
@@ -360,7 +376,7 @@ def stitching_table(config, recordings: Mapping, datasets: Mapping, networks: Ca
             jobs,
             datasets["train"],
             datasets["test"],
-            batch_size=16,
+            batch_size=STITCH_BATCH,
             seed=config.seeds[0],
             device=device,
             **settings,

@@ -25,6 +25,9 @@ from utils import (
 
 STEADY = 0.2  # a number is called steady where its spread is at most this share of its mean
 KEY = ["pair", "measure"]
+COLUMNS = [*KEY, "printed", "published", "published_again", "run1", "run2", "run1_cut_again", "run_difference"]
+COLUMNS += ["cut_spread", "low", "high", "word", "corrected", "corrected_low", "corrected_high", "null_high", "p_value"]
+COLUMNS += ["floor", "ceiling", "u", "verdict", "note"]
 # the corrected counterpart of each of the earlier study's measures, by the same name
 CORRECTED = {
     "linear_cka": {"debiased": True},
@@ -49,7 +52,7 @@ def headline(config, observations: pd.DataFrame) -> pd.DataFrame:
         printed = by["published"]["value"].tolist() if "published" in by else []
         row |= {"printed": len(printed), "published": _at(printed, 0), "published_again": _at(printed, 1)}
         rows.append(row | _same_recipe(by.get("legacy")) | _corrected(by["corrected"]))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
 def _at(values: list[float], place: int) -> float:
@@ -171,9 +174,10 @@ def reading(config, table: pd.DataFrame) -> str:
     for row in table[table["printed"] > 1].itertuples():
         lines.append(f"The {row.measure} of {row.pair} was printed twice: {row.published}, {row.published_again}.")
     if config.freezing != "none" and all(recipe.weights != "none" for recipe in config.models):
+        how = "frozen by name, batch norms still drift" if config.freezing == "substring" else "frozen by module"
         lines.append(
-            "The encoders are frozen: all runs hold the same pretrained weights (frozen by name, batch norms still "
-            "drift), so that numbers of encoder pairs hardly move and their ceiling is near 1, by construction."
+            f"The encoders are frozen: all runs hold the same pretrained weights ({how}), so that numbers of encoder "
+            "pairs hardly move and their ceiling is near 1, by construction."
         )
     if config.own_models_and_data:
         inside = [row.low <= row.published <= row.high for row in printed.itertuples()]

@@ -23,6 +23,7 @@ from similarity.policies import parse_policy
 from similarity.resampling import resampled_planes
 from utils import atomic_path, digest, progress, write_table
 
+NEIGHBOURS = 10
 # name in the configuration -> (measure, options); the debiased estimators are the headline
 ESTIMATORS = {
     "linear_cka": ("linear_cka", {"debiased": True}),
@@ -30,13 +31,17 @@ ESTIMATORS = {
     "rbf_cka": ("rbf_cka", {"debiased": True, "fraction": 1.0}),
     "svcca": ("svcca", {"variance": 0.99}),
     "rsa": ("rsa", {"rdm": "correlation", "compare": "spearman"}),
-    "mutual_knn": ("mutual_knn", {"k": 10}),
+    "mutual_knn": ("mutual_knn", {"k": NEIGHBOURS}),
     "procrustes_distance": ("procrustes_distance", {}),
     "angular_distance": ("angular_distance", {}),
     "information_imbalance": ("information_imbalance", {"k": 1}),
 }
 HEADLINE = "linear_cka"
 PARTS = ("encoder", "decoder")
+NEEDED = ("similarity", "floor", "ceiling")
+ENDS = ("", "_image_se", "_se", "_low", "_high")
+NUMBERS = [f"{name}{end}" for name in calibration.QUANTITIES for end in ENDS]
+NUMBERS += ["low", "high", "start", "null_mean", "null_high", "p_value"]
 KINDS = ("cross", "own_a", "own_b", "floor", "start")
 Key = tuple[str, str]  # (policy, estimator)
 
@@ -117,7 +122,9 @@ def null_all(config, recordings: Mapping[str, dict[str, Recording]], folder: Pat
         asked = {"permutations": config.permutations, "seed": config.seeds[0]}
         pairs = _only_matched(A, B)
         path = folder / "planes" / f"null-{policy.replace(':', '')}-{estimator}.npz"
-        key = digest("null", A.model_hash, B.model_hash, A.data_hash, policy, estimator, options, asked)
+        key = digest(
+            "null", A.model_hash, B.model_hash, A.data_hash, A.names, B.names, policy, estimator, options, asked
+        )
 
         def compute(A=A, B=B, measure=measure, options=options, asked=asked, pairs=pairs) -> dict[str, np.ndarray]:
             null = plane_null(measure, A, B, pairs=pairs, **asked, **options)
@@ -165,7 +172,7 @@ def resample(
         made = resampled_planes(measure, jobs, subsets, pairs=wanted, **options)
         return {"/".join(map(str, job)): values for job, values in made.items()}
 
-    hashes = [(job, one.model_hash, other.model_hash) for job, (one, other) in jobs.items()]
+    hashes = [(job, one.model_hash, other.model_hash, one.names, other.names) for job, (one, other) in jobs.items()]
     key = digest(
         "resamples", hashes, A.data_hash, A.policy, estimator, options, config.resamples, share, config.seeds[0]
     )
@@ -215,9 +222,9 @@ def calibrate(
         A, B = _first_pair(config, recordings, policy)
         table = calibration.ruler_table(comparison, resamples[key])
         table = _labelled(table, policy, estimator, A, B)
-        table = with_null(table, nulls[key]).assign(p_exact=exact_p(estimator, A, B))
+        table = with_null(table, nulls[key], _only_matched(A, B) is None).assign(p_exact=exact_p(estimator, A, B))
         table["verdict"] = [
-            calibration.word(row.similarity, row.u, row.null_high, distance=comparison.distance)
+            calibration.word(row.similarity, row.u, row.null_high, row.ceiling, distance=comparison.distance)
             for row in table.itertuples()
         ]
         tables["pairs"].append(table)
@@ -246,21 +253,26 @@ def _labelled(table: pd.DataFrame, policy: str, estimator: str, A: Recording, B:
     return pd.concat([pd.DataFrame(labels, index=table.index), table], axis=1)
 
 
-def with_null(table: pd.DataFrame, null: Null) -> pd.DataFrame:
-    """The table of site pairs with its null's mean and 95 % point, p_value, q_value (all pairs) and p_best.
+def with_null(table: pd.DataFrame, null: Null, whole: bool = True) -> pd.DataFrame:
+    """The table of site pairs with the tested value, its null's mean and 95 % point, p_value, q_value and p_best.
 
-    p_best : of being the best of all of B's sites for a site of A, under one permutation for all of them; NaN elsewhere
+    tested : the similarity of the first pair of networks, which p_value and q_value (over all cells there are) are of
+
+    p_best : of being the best of all of B's sites for a site of A, under one permutation for all of them; NaN for other
+        sites, and where matched cells alone were computed
     """
     p_values = null.p_values()
     best = null.best_match().set_index(["site_a", "site_b"])["p_best"]
     columns = {
+        "tested": null.observed.ravel(),
         "null_mean": null.mean().ravel(),
         "null_high": null.high().ravel(),
         "p_value": p_values.ravel(),
         "q_value": benjamini_hochberg(p_values).ravel(),
     }
     table = table.assign(**columns)
-    table["p_best"] = best.reindex(pd.MultiIndex.from_frame(table[["site_a", "site_b"]])).to_numpy()
+    places = pd.MultiIndex.from_frame(table[["site_a", "site_b"]])
+    table["p_best"] = best.reindex(places).to_numpy() if whole else np.nan
     return table
 
 
@@ -272,31 +284,45 @@ def exact_p(estimator: str, A: Recording, B: Recording) -> np.ndarray | float:
     return exact_moments(measure, A, B, **options).p_values().ravel()
 
 
-def summarize(comparison: Comparison, resamples: Resamples, null: Null | None, pairs: list[tuple[str, str]]) -> dict:
-    """One line: means over pairs of sites, beside the same mean of null, floor, ceiling, with intervals and a word."""
+def usable(comparison: Comparison, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pairs that have a similarity, and a floor and a ceiling where any of them has: one set for every column."""
     cells = comparison.scale()
-    needed = [name for name in ("similarity", "floor", "ceiling") if not np.isnan(cells[name]).all()]
     place = {pair: (comparison.rows.index(pair[0]), comparison.columns.index(pair[1])) for pair in pairs}
-    # one set of pairs for every column, or they could not be compared
-    chosen = [pair for pair in pairs if not any(np.isnan(cells[name][place[pair]]) for name in needed)]
-    values = {name: float(value) for name, value in calibration.with_intervals(comparison, resamples, chosen).items()}
-    chance = null.mean_over(chosen) if null else dict.fromkeys(("null_mean", "null_high", "p_value"), np.nan)
-    each = comparison.per_network_pair(chosen)
+    there = {name: [pair for pair in pairs if not np.isnan(cells[name][place[pair]])] for name in NEEDED}
+    return [pair for pair in pairs if all(pair in having for having in there.values() if having)]
+
+
+def summarize(comparison: Comparison, resamples: Resamples, null: Null | None, pairs: list[tuple[str, str]]) -> dict:
+    """One line: means over pairs of sites, beside the same mean of null, floor, ceiling, with intervals and a word.
+
+    Without a null, the verdict says that chance was not tested; without a pair that has a number, it is 'no number'.
+    """
+    chosen = usable(comparison, pairs)
     more_seeds = any(len(comparison.seeds(side)) > 2 for side in "ab")
-    start = calibration.Comparison(comparison.rows, comparison.columns, comparison.start or comparison.cross)
-    return values | {
-        "low": each.min(),
-        "high": each.max(),
-        "start": float(start.scale(chosen)["similarity"]) if comparison.start else np.nan,
-        "null_mean": chance["null_mean"],
-        "null_high": chance["null_high"],
-        "p_value": chance["p_value"],
-        "verdict": calibration.word(
-            values["similarity"], values["u"], chance["null_high"], distance=comparison.distance
-        ),
+    line = {
         "interval_over": "images and seeds" if more_seeds else "images",
         "site_pairs": len(chosen),
         "site_pairs_left_out": len(pairs) - len(chosen),
-        "network_pairs": len(each),
+        "network_pairs": len(comparison.cross),
         "n_images": resamples.images,
     }
+    if not any(not np.isnan(comparison.scale([pair])["similarity"]) for pair in chosen):
+        return dict.fromkeys(NUMBERS, np.nan) | line | {"verdict": "no number", "site_pairs": 0}
+    values = {name: float(value) for name, value in calibration.with_intervals(comparison, resamples, chosen).items()}
+    chance = null.mean_over(chosen) if null else dict.fromkeys(("null_mean", "null_high", "p_value"), np.nan)
+    each = comparison.per_network_pair(chosen)
+    start = calibration.Comparison(comparison.rows, comparison.columns, comparison.start or comparison.cross)
+    verdict = calibration.word(
+        values["similarity"], values["u"], chance["null_high"], values["ceiling"], distance=comparison.distance
+    )
+    return (
+        values
+        | {
+            "low": each.min(),
+            "high": each.max(),
+            "start": float(start.scale(chosen)["similarity"]) if comparison.start else np.nan,
+        }
+        | {name: chance[name] for name in ("null_mean", "null_high", "p_value")}
+        | {"verdict": verdict if null else f"{verdict} (chance not tested)"}
+        | line
+    )

@@ -23,14 +23,16 @@ from dataset import SegmentationDataset, make_loader
 from images import duplicates
 from inference import score
 from loss_metrics import summarize
-from models import build_model, load_model
+from models import build_model, load_model, sites
 from similarity import Recording, record_models
 from similarity.policies import parse_policy
 from similarity.recording import hash_model
 from sources import ImageSource, open_datasets
 from studies import analysis
 from studies import universality_report as report
-from studies.ruler import ESTIMATORS, HEADLINE
+from studies.controls import with_lesion
+from studies.ruler import ESTIMATORS, HEADLINE, NEIGHBOURS
+from studies.stitched import matched_sites
 from train import Recipe, TrainConfig, check_recipe, is_finished, objective, train
 from utils import (
     InputError,
@@ -130,14 +132,11 @@ def prepare(config: UniversalityConfig) -> tuple[UniversalityConfig, dict[str, S
     config = settle(config)
     device = resolve_device(config.device)
     refuse_other_run(Path(config.out), dataclasses.asdict(config))
-    for recipe in config.models:
-        build_model(recipe.spec)  # unknown presets and missing weights
+    built = [build_model(recipe.spec) for recipe in config.models]  # unknown presets and missing weights
+    if config.stitch_pairs and len(config.seeds) > 1:
+        matched_sites(*built, image_size=config.image_size, stride=config.stitch_stride)
     datasets = open_datasets(config)
-    if len(datasets["test"]) < FEWEST_IMAGES:
-        raise InputError(
-            f"{len(datasets['test'])} test images: at least {FEWEST_IMAGES} are needed for a null and an interval; "
-            "give a larger test split, or raise limits"
-        )
+    check_test_images(config, datasets["test"])
     hashes = {name: {"images": len(data), "hash": data.fingerprint} for name, data in datasets.items()}
     known = Path(config.out) / "data.json"
     # the synthetic set may differ in its last bits between versions of OpenCV; each stage below checks its own hash
@@ -148,6 +147,26 @@ def prepare(config: UniversalityConfig) -> tuple[UniversalityConfig, dict[str, S
     if not config.is_synthetic:
         report_duplicates({name: data.pairs for name, data in datasets.items()}, config, folder)
     return config, datasets, folder
+
+
+def check_test_images(config: UniversalityConfig, test: SegmentationDataset) -> None:
+    """Refuse so few images that the null, the intervals or the controls would have nothing to go by."""
+    if len(test) < FEWEST_IMAGES:
+        raise InputError(
+            f"{len(test)} test images: at least {FEWEST_IMAGES} are needed for a null and an interval; give a larger "
+            "test split, or raise limits"
+        )
+    lesions = len(with_lesion(test))
+    if lesions < FEWEST_IMAGES:
+        raise InputError(
+            f"{lesions} of {len(test)} test images have a lesion in their mask: give at least {FEWEST_IMAGES}"
+        )
+    neighbours = any("mutual_knn" in estimators for estimators in config.policies.values())
+    if neighbours and len(test) // 2 < NEIGHBOURS + 2:
+        raise InputError(
+            f"mutual_knn looks at {NEIGHBOURS} neighbours in halves of {len(test)} test images: give at least "
+            f"{2 * NEIGHBOURS + 4}, or leave it out of policies"
+        )
 
 
 def report_duplicates(splits: dict, config: UniversalityConfig, folder: Path) -> None:
@@ -175,7 +194,13 @@ def settle(config: UniversalityConfig) -> UniversalityConfig:
     names = [recipe.model for recipe in models]
     if len(models) != 2 or len(set(names)) != 2:
         raise InputError(f"the study compares two different models, got {names}; give one recipe of each")
+    if config.stitch_stride is not None and config.stitch_stride < 1:
+        raise InputError(f"stitch_stride must be at least 1, got {config.stitch_stride}")
     for recipe in models:
+        if recipe.weights == "none" and "encoder" in recipe.freeze:
+            raise InputError(
+                f"{recipe.model}: a frozen encoder without weights keeps its random ones; set weights, or freeze: []"
+            )
         check_recipe(recipe)
         objective(recipe)
     for name, least in LEAST.items():
@@ -386,4 +411,7 @@ def _cached_recording(folder: Path, member: Member, policy: str, model: nn.Modul
     except (SafetensorError, ValueError):  # cut short, or of another version
         return None
     current = recording.model_hash == hash_model(model) and recording.data_hash == test.fingerprint
-    return recording if current else None
+    # a policy may leave sites out, so the recorded ones are among the model's, in its order
+    listed = [site.name for site in sites(model, test.transform.size)]
+    same = recording.names == [name for name in listed if name in recording.features]
+    return recording if current and same else None

@@ -5,6 +5,7 @@ Takes what `analysis` found; measures nothing itself, but records full maps of a
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from inference import predict
 from models import TITLES, load_model
 from similarity import alignment, calibration, record_models
 from similarity.measures import MEASURES
-from studies.analysis import DECONFOUNDED, Findings, aligned_components, chosen_pairs
+from studies.analysis import DECONFOUNDED, Findings, aligned_by, chosen_pairs, varying
 from studies.ruler import ESTIMATORS, HEADLINE
 from studies.universality_words import METHODS, sentence, short_table, summary_text
 from utils import write_text
@@ -42,9 +43,12 @@ def write(
         "shared_space": space_figure(config, found, datasets["test"], names),
         **picture_figures(config, folder, datasets["test"], device),
     }
-    for name, figure in figures.items():
+    shown = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in shown.items():
         visualization.save(figure, folder / f"{name}.png")
-    write_text(folder / "summary.md", summary_text(config, datasets, metrics, found.tables, names, found.notes))
+    text = summary_text(config, datasets, metrics, found.tables, names, found.notes)
+    missing = [f"![{words}]({name}.png)\n" for name, words in (("shared_space", "shared space"),) if name not in shown]
+    write_text(folder / "summary.md", functools.reduce(lambda page, link: page.replace(link, ""), missing, text))
     if not quiet:
         print("\n" + short_table(found.tables["summary"]))
         print(sentence(config, found.tables["summary"], names))
@@ -148,7 +152,7 @@ def verdict_figures_of(config, found: Findings, names: list[str]) -> dict:
                 receiver=[_in_words(name) for name in rows["receiver"]],
             ),
             title=f"Can {names[0]} and {names[1]} go on from each other's activations?",
-            caption=f"Only a 1×1 convolution is trained ({config.stitch_images} training images); share of the "
+            caption=f"Only a 1×1 convolution is trained ({config.stitch_images} training images at most); share of the "
             f"receiving network's own mean Dice on n = {int(rows['images'].iloc[0])} test images, 95 % bootstrap.",
             synthetic=synthetic,
         )
@@ -174,7 +178,7 @@ def ruler_figure(config, summary: pd.DataFrame, names: list[str]):
         shown.assign(measure=shown["estimator"], low=shown["similarity_low"], high=shown["similarity_high"]),
         title=f"How similar are {names[0]} and {names[1]}, between untrained and another seed?",
         spread="95 % interval",
-        caption=f"Mean over site pairs at matched relative depth, n = {int(summary.n_images.iloc[0])} test images, "
+        caption=f"Mean over site pairs at matched relative depth, n = {_counts(shown)} test images, "
         f"{int(summary.network_pairs.iloc[0])} pairs of networks; intervals over {over} (delete-d jackknife). Null: "
         f"95 % point over {config.permutations} permutations of the images of one side (first pair of networks).",
         synthetic=config.is_synthetic,
@@ -212,14 +216,18 @@ def position_figure(config, depth: pd.DataFrame, names: list[str]):
 
 
 def space_figure(config, found: Findings, test: SegmentationDataset, names: list[str]):
-    """Held-out images of both models in the space of each method, at the last matched pair of the decoders."""
+    """Held-out images of both models in the space of each method, at the last matched pair of the decoders; None if all
+    of them are constant."""
     a, b = (f"{recipe.model}-seed{config.seeds[0]}" for recipe in config.models)
-    site_a, site_b = chosen_pairs(config, found.recordings)["decoder"][-1]
     A, B = (found.recordings[name]["gap"] for name in (a, b))
+    possible = varying(A, B, chosen_pairs(config, found.recordings)["decoder"])
+    if not possible:
+        return None
+    site_a, site_b = possible[-1]
     shares = {sample.id: float(sample.mask.mean()) for sample in (test[i] for i in range(len(test)))}
-    components, panels = aligned_components(len(A)), []
+    options, panels = aligned_by(len(A)), []
     for method in alignment.METHODS:
-        aligned = alignment.align(A, site_a, B, site_b, method=method, components=components, seed=config.seeds[0])
+        aligned = alignment.align(A, site_a, B, site_b, method=method, seed=config.seeds[0], **options)
         panels.append((f"{METHODS[method]}: R² {aligned.r2:.2f}", np.asarray(aligned.a), np.asarray(aligned.b)))
     short = [visualization.short_labels([site], width=30)[0] for site in (site_a, site_b)]
     return verdict_figures.shared_space(

@@ -30,6 +30,7 @@ def short_table(summary: pd.DataFrame) -> str:
         "part",
         "estimator",
         "policy",
+        "pairs",
         "similarity",
         "95 %",
         "null 95 %",
@@ -44,6 +45,7 @@ def short_table(summary: pd.DataFrame) -> str:
             row.part,
             row.estimator,
             row.policy,
+            _pairs(row),
             cell(row.similarity),
             span(row.similarity_low, row.similarity_high),
             cell(row.null_high),
@@ -56,6 +58,12 @@ def short_table(summary: pd.DataFrame) -> str:
         for row in _encoders_first(summary).itertuples()
     ]
     return markdown_table(header, rows)
+
+
+def _pairs(row) -> str:
+    """'7 of 8' pairs of sites, or '8' where none was left out."""
+    every = row.site_pairs + row.site_pairs_left_out
+    return f"{row.site_pairs} of {every}" if row.site_pairs_left_out else str(every)
 
 
 def _encoders_first(table: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +92,7 @@ def sentence(config, summary: pd.DataFrame, names: list[str]) -> str:
 
 def place_on_ruler(row) -> str:
     """Where a similarity stands between floor and ceiling, in words."""
-    ends = f"untrained twins {row.floor:.2f}, another seed {row.ceiling:.2f}"
+    ends = f"untrained twins {cell(row.floor, 2)}, another seed {cell(row.ceiling, 2)}"
     if pd.isna(row.u):
         return f"no scale to place it on ({ends})"
     interval = f", u = {row.u:.2f} (95 % {span(row.u_low, row.u_high, 2)})"
@@ -215,6 +223,37 @@ def agreement_table(table: pd.DataFrame) -> str:
 # ----------------------------------------------------------------------------------------------------------- the page
 
 
+def remarks(config, summary: pd.DataFrame, notes: list[str]) -> str:
+    """What has to be said of the lines that are there, a sentence a line."""
+    estimators, policies = set(summary["estimator"]), set(summary["policy"])
+    lines = list(notes)
+    if "linear_cka_deconfounded" in estimators:
+        lines.append(
+            "`linear_cka_deconfounded` is the headline with the kernels of raw pixels, mask (area, place, shape) and "
+            "mean colour regressed out of both sides; it has no permutation null, since what is left cannot be permuted."
+        )
+    if any(policy.startswith("grid") for policy in policies):
+        lines.append(
+            "Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over "
+            "other pairs than those of `gap`; q is over the pairs at matched depth there."
+        )
+    if "linear_cka_biased" in estimators:
+        lines.append("The biased linear CKA is shown only to be read beside its null.")
+    if any(MEASURES[ESTIMATORS[name][0]].distance for name in estimators & set(ESTIMATORS)):
+        lines.append("Of distances, small is alike, and the null's 95 % point is the low one.")
+    if "information_imbalance" in estimators:
+        lines.append(
+            "Information imbalance is that of the second model's neighbours given the first's, one direction only."
+        )
+    frozen = [recipe.model for recipe in config.models if "encoder" in recipe.freeze]
+    if frozen:
+        lines.append(
+            f"The encoder of {' and '.join(frozen)} is frozen: all its seeds hold the pretrained weights, so that its "
+            "seed-to-seed similarity is 1 by construction and its numbers are those of pretraining, not of this task."
+        )
+    return "\n".join(lines)
+
+
 def pictures_of(config) -> str:
     """Links to the pictures that show images; photographs are shown to who made the run, and published by nobody."""
     if config.is_synthetic:
@@ -247,7 +286,8 @@ def summary_text(
 
 {stitching_table(tables["stitching"])}
 Only a 1×1 convolution is trained between the two (least squares first, then the task's loss,
-{config.stitch_epochs} epoch(s) of {config.stitch_images} training images); 95 %: paired bootstrap over test images.
+{config.stitch_epochs} epoch(s) of {min(config.stitch_images, len(datasets["train"]))} training
+images); 95 %: paired bootstrap over test images.
 """
     )
     where = (
@@ -279,16 +319,16 @@ Each number is a mean over site pairs at matched relative depth (`depth.csv`; ev
 jackknife ({config.resamples} subsamples of four fifths of the images, of half for SVCCA and neighbour measures;
 with three seeds or more the jackknife over seeds adds their variance).
 *Null 95 %*: what permuted images reach in one case of twenty ({config.permutations} permutations,
-first pair of networks; `pairs.csv` holds p, q (Benjamini–Hochberg) and, for each row's best site, p of the maximum).
+first pair of networks, whose value `pairs.csv` gives as `tested`, with p, q (Benjamini–Hochberg), p from the
+null's exact moments where there is a closed form, and, for each row's best site, p of the maximum).
 *Floor*: the untrained twins. *Ceiling*: geometric mean of each architecture's own seed-to-seed similarity.
 *u* = (similarity − floor) / (ceiling − floor).
 *Verdict*: below chance (not above the null's 95 % point), below floor (u < −0.1), at floor (u < 0.1), partial,
 at ceiling (u ≥ 0.9), above ceiling (u > 1.1).
-{begun(summary)}Estimators: {labels}. `linear_cka_deconfounded` is the headline with the kernels of raw pixels, mask
-(area, place, shape) and mean colour regressed out of both sides (no permutation null: what is left cannot be permuted).
-Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over other pairs
-than those of `gap`. The biased linear CKA is shown only to be read beside its null. Of distances, small is alike.
-{" ".join(notes)}
+*Pairs*: site pairs that have a number, of those at matched depth; the others (a constant site; seeds of one
+architecture that share nothing, so no ceiling) are in no column.
+Estimators: {labels}.
+{begun(summary)}{remarks(config, summary, notes)}
 
 ## What each measure says, and why one may differ
 {disagreement_table(tables["disagreement"])}

@@ -230,7 +230,7 @@ def remarks(config, summary: pd.DataFrame, notes: list[str]) -> str:
     if "linear_cka_deconfounded" in estimators:
         lines.append(
             "`linear_cka_deconfounded` is the headline with the kernels of raw pixels, mask (area, place, shape) and "
-            "mean colour regressed out of both sides; it has no permutation null, since what is left cannot be permuted."
+            "mean colour regressed out of both sides; it has no null, since what is left cannot be permuted."
         )
     if any(policy.startswith("grid") for policy in policies):
         lines.append(

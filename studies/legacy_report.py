@@ -96,14 +96,15 @@ def _corrected(part: pd.DataFrame) -> dict:
     # of the runs' own nulls the less favourable one
     chance = {key: float(numbers[key].max()) for key in ("null_high", "p_value")}
     row = {"corrected": mean, "corrected_low": values.min(), "corrected_high": values.max()} | chance | found
-    return row | {"verdict": calibration.word(mean, found["u"], chance["null_high"]), "note": ""}
+    return row | {"verdict": calibration.word(mean, found["u"], chance["null_high"], found["ceiling"]), "note": ""}
 
 
 def write(config, tables: dict[str, pd.DataFrame], datasets: dict, folder: Path) -> None:
     """The tables as CSV, summary.md, and the headline on the terminal."""
     for name, table in tables.items():
         write_table(table, folder / f"{name}.csv")
-    visualization.save(figure(config, tables["table"], datasets), folder / "legacy.png")
+    if tables["table"]["corrected"].notna().any():
+        visualization.save(figure(config, tables["table"], datasets), folder / "legacy.png")
     shown, words = markdown(tables["table"]), reading(config, tables["table"])
     write_text(folder / "summary.md", page(config, shown, words, tables["control"], datasets))
     print(f"\n{shown}\n{words}")

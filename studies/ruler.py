@@ -307,7 +307,8 @@ def summarize(comparison: Comparison, resamples: Resamples, null: Null | None, p
         "n_images": resamples.images,
     }
     if not any(not np.isnan(comparison.scale([pair])["similarity"]) for pair in chosen):
-        return dict.fromkeys(NUMBERS, np.nan) | line | {"verdict": "no number", "site_pairs": 0}
+        nothing = {"verdict": "no number", "site_pairs": 0, "site_pairs_left_out": len(pairs)}
+        return dict.fromkeys(NUMBERS, np.nan) | line | nothing
     values = {name: float(value) for name, value in calibration.with_intervals(comparison, resamples, chosen).items()}
     chance = null.mean_over(chosen) if null else dict.fromkeys(("null_mean", "null_high", "p_value"), np.nan)
     each = comparison.per_network_pair(chosen)

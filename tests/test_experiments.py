@@ -21,7 +21,7 @@ CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
 SMOKE = HOME / "configs" / "smoke.yaml"
 TABLES = ("summary", "pairs", "depth", "controls", "regions", "card", "disagreement", "alignment", "stitching")
 TABLES += ("agreement", "agreement_summary")
-COUNTS = {"Training": 12, "Validation": 4, "Test": 24}
+COUNTS = {"Training": 12, "Validation": 4, "Test": 20}
 POLICIES = '{"gap": ["linear_cka", "rsa"], "grid:4": ["linear_cka"]}'
 
 
@@ -161,6 +161,8 @@ def test_a_hostile_stored_config_is_not_executed(tmp_path):
         (["--policies", '{"gap": ["rsa"]}'], "policies must hold linear_cka under gap"),
         (["--seeds", "[1, 1]"], "seeds must be different numbers"),
         (["--models", '[{"model": "unetpp"}, {"model": "unetpp"}]'], "compares two different models"),
+        (["--stitch_stride", "0"], "stitch_stride must be at least 1"),
+        (["--overrides", '{"unetpp": {"freeze": ["encoder"]}}'], "unetpp: a frozen encoder without weights"),
         (["--weights", "some.pth"], "a file belongs to one model"),
         (["--weights", "imagenet"], "has no pretrained weights"),
     ],
@@ -198,10 +200,10 @@ def test_the_studys_tables_hold_every_part_and_stay_in_range(finished):
     assert {"encoder", "decoder"} == set(summary["part"])
     assert {"linear_cka", "rsa", "linear_cka_deconfounded"} == set(summary["estimator"])
     assert {"similarity", "floor", "ceiling", "null_mean", "p_value"} <= set(summary)
-    assert (summary["similarity"] <= 1).all() and (summary["n_images"] == 24).all()
+    assert (summary["similarity"] <= 1).all() and (summary["n_images"] == 20).all()
     assert summary["p_value"].dropna().between(1 / 6, 1).all()  # five permutations can show no less
     assert (summary["p_value"].isna() == (summary["estimator"] == "linear_cka_deconfounded")).all()
-    assert len(metrics) == 24 * 4 and metrics.groupby(["model", "seed"])["id"].nunique().eq(24).all()
+    assert len(metrics) == 20 * 4 and metrics.groupby(["model", "seed"])["id"].nunique().eq(20).all()
 
 
 def test_every_stage_of_the_analysis_has_its_table_and_figure(finished):
@@ -209,7 +211,7 @@ def test_every_stage_of_the_analysis_has_its_table_and_figure(finished):
     rows = {name: len(pd.read_csv(finished / f"{name}.csv")) for name in TABLES}
     assert rows["summary"] == rows["card"] == 2 * 4 and rows["regions"] == 2 * 4  # parts × estimators, × regions
     assert rows["stitching"] == 2 * 3 and rows["alignment"] % 3 == 0 < rows["alignment"]
-    assert rows["agreement"] == 24 * (4 + 1 + 1) and rows["disagreement"] == 2 * 3 and rows["controls"] > 0
+    assert rows["agreement"] == 20 * (4 + 1 + 1) and rows["disagreement"] == 2 * 3 and rows["controls"] > 0
     for name in ("ruler", "position", "regions", "stitching", "shared_space", "plane_encoder", "plane_decoder"):
         assert (finished / f"{name}.png").stat().st_size > 0
         assert f"({name}.png)" in (finished / "summary.md").read_text(encoding="utf-8")
@@ -230,6 +232,16 @@ def test_fewer_than_twenty_test_images_are_refused_before_anything_is_trained(sy
     with pytest.raises(InputError, match="8 test images: at least 20 are needed"):
         experiments.main(tiny(synthetic_root, tmp_path / "few"))
     assert not (tmp_path / "few").exists()
+
+
+def test_what_no_stage_could_use_is_refused_before_anything_is_trained(root, tmp_path):
+    for more, words in (
+        (("--stitch_stride", "3"), "no maps of 21 cells a side"),
+        (("--policies", '{"gap": ["linear_cka", "mutual_knn"]}'), "mutual_knn looks at 10 neighbours .* at least 24"),
+    ):
+        with pytest.raises(InputError, match=words):
+            experiments.main(tiny(root, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
 
 
 def test_controls_that_explain_everything_are_said_and_the_rest_of_the_study_stays(

@@ -98,6 +98,21 @@ def test_the_ruler_gives_the_known_answer(case, analysed):
         assert lines["u_high"].lt(1).all() and (lines["u_low"] < lines["u"]).all()
 
 
+def test_a_part_of_constant_sites_has_no_number_and_the_other_part_keeps_its(tmp_path):
+    def partly_constant(seed):
+        features = network(TASK, seed + 10)
+        return features | {site: np.ones((N, 12)) for site in SITES if site.startswith("decoder")}
+
+    config, recordings = summary_of(partly_constant)
+    comparisons = ruler.compare_all(config, recordings, tmp_path)
+    stages = (ruler.resample_all(config, recordings, tmp_path), ruler.null_all(config, recordings, tmp_path))
+    summary = ruler.calibrate(config, recordings, comparisons, *stages)["summary"].set_index(["part", "estimator"])
+    constant = summary.loc["decoder", "linear_cka"]
+    assert constant["verdict"] == "no number" and constant["site_pairs"] == 0 and constant["site_pairs_left_out"] == 2
+    assert np.isnan(constant["similarity"]) and np.isnan(constant["u_low"])
+    assert summary.loc["encoder", "linear_cka"]["verdict"] == "at ceiling"
+
+
 def test_noise_of_growing_strength_lowers_the_similarity_and_the_place_on_the_ruler(analysed, tmp_path):
     places = []
     for noise in (0.5, 4.0, 16.0):

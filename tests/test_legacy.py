@@ -334,6 +334,19 @@ def test_an_unknown_site_is_refused_before_any_image_is_read(monkeypatch, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_pairs_without_any_corrected_number_still_make_a_table_and_a_page():
+    config = legacy.settle(configured())
+    config = dataclasses.replace(config, pairs=[pair for pair in config.pairs if "segmentation_head" in pair.name][:1])
+    observations = pd.DataFrame(
+        [
+            legacy._seen(config.pairs[0], measure, "corrected", 0, math.nan, note="x is a scalar: no")
+            for measure in legacy.CORRECTED
+        ]
+    )
+    table = legacy_report.headline(config, observations)
+    assert table["corrected"].isna().all() and list(table.columns) == legacy_report.COLUMNS
+
+
 @pytest.mark.parametrize(
     ("values", "word"),
     [((0.1, 0.11, 0.105), "steady"), ((0.1, 0.2, 0.15), "varies"), ((-0.1, 0.1, 0.05), "changes sign")],

@@ -20,6 +20,10 @@ def cell(value: float, digits: int = 3) -> str:
     return "–" if pd.isna(value) else f"{value:.{digits}f}"
 
 
+def p_cell(value: float) -> str:
+    return "< 0.001" if value < 0.001 else cell(value)
+
+
 def span(low: float, high: float, digits: int = 3) -> str:
     return "–" if pd.isna(low) else f"{low:.{digits}f} … {high:.{digits}f}"
 
@@ -181,13 +185,13 @@ def alignment_table(table: pd.DataFrame) -> str:
     rows = [
         (
             row.part,
-            f"`{row.site_a}` | `{row.site_b}`",
+            f"`{row.site_a}` × `{row.site_b}`",
             METHODS[row.method],
             cell(row.r2, 2),
             cell(row.retrieval_ab, 2),
             cell(row.retrieval_ba, 2),
             cell(row.chance, 3),
-            cell(row.p_value, 3),
+            p_cell(row.p_value),
         )
         for row in _encoders_first(table).itertuples()
     ]
@@ -214,7 +218,7 @@ def stitching_table(table: pd.DataFrame) -> str:
 
 def agreement_table(table: pd.DataFrame) -> str:
     rows = [
-        (row.between, row.quantity, row.n_images, cell(row.value), span(row.low, row.high), cell(row.p_value))
+        (row.between, row.quantity, row.n_images, cell(row.value), span(row.low, row.high), p_cell(row.p_value))
         for row in table.itertuples()
     ]
     return markdown_table(("between", "quantity", "images", "value", "95 %", "p"), rows)

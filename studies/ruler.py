@@ -42,6 +42,7 @@ NEEDED = ("similarity", "floor", "ceiling")
 ENDS = ("", "_image_se", "_se", "_low", "_high")
 NUMBERS = [f"{name}{end}" for name in calibration.QUANTITIES for end in ENDS]
 NUMBERS += ["low", "high", "start", "null_mean", "null_high", "p_value"]
+MOST_WITH_MANY_ROWS = 200  # permutations where an image has many rows: each takes about a second
 KINDS = ("cross", "own_a", "own_b", "floor", "start")
 Key = tuple[str, str]  # (policy, estimator)
 
@@ -112,15 +113,16 @@ def matched(A: Recording, B: Recording) -> dict[str, list[tuple[str, str]]]:
 def null_all(config, recordings: Mapping[str, dict[str, Recording]], folder: Path) -> dict[Key, Null]:
     """The permutation null of each estimator, for the first pair of networks; kept on disk.
 
-    Of all cells; under policies with many rows an image, of those at matched depth.
+    Of all cells; under policies with many rows an image, of those at matched depth, by at most 200 permutations.
     """
     found = {}
     a, b = next(iter(network_pairs(config, recordings)["cross"].values()))
     for policy, estimator in _keys(config):
         measure, options = ESTIMATORS[estimator]
         A, B = recordings[a][policy], recordings[b][policy]
-        asked = {"permutations": config.permutations, "seed": config.seeds[0]}
         pairs = _only_matched(A, B)
+        permutations = config.permutations if pairs is None else min(config.permutations, MOST_WITH_MANY_ROWS)
+        asked = {"permutations": permutations, "seed": config.seeds[0]}
         path = folder / "planes" / f"null-{policy.replace(':', '')}-{estimator}.npz"
         key = digest(
             "null", A.model_hash, B.model_hash, A.data_hash, A.names, B.names, policy, estimator, options, asked

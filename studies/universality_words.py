@@ -239,7 +239,7 @@ def remarks(config, summary: pd.DataFrame, notes: list[str]) -> str:
     if any(policy.startswith("grid") for policy in policies):
         lines.append(
             "Rows of `grid` leave out sites without a place in the image or with smaller maps, so they are means over "
-            "other pairs than those of `gap`; q is over the pairs at matched depth there."
+            "other pairs than those of `gap`; there q is over the pairs at matched depth, by at most 200 permutations."
         )
     if "linear_cka_biased" in estimators:
         lines.append("The biased linear CKA is shown only to be read beside its null.")

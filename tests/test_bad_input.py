@@ -248,7 +248,7 @@ def test_real_processes_end_with_code_two_and_one_line(line, words, tmp_path):
         (["--permutations", "0"], "permutations must be at least 1"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
         (["--seeds", "[-1,0]"], "seeds must be different numbers from 0 up"),
-        (["--limits", '{"test": 3}'], "3 test images: at least 4"),
+        (["--limits", '{"test": 3}'], "3 test images: at least 20"),
         (["--epochs", "abc"], "epochs"),
     ],
 )

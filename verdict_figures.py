@@ -9,28 +9,26 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils import InputError
-from visualization import BLACK, BLUE, GREEN, ORANGE, PURPLE, RANGE_COLOUR, SKY, VERMILLION, new_figure, settle
+from visualization import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RANGE_COLOUR,
+    SKY,
+    VERMILLION,
+    need_columns,
+    new_figure,
+    settle,
+    tidy,
+)
 
 SHOWN_U = (-1.0, 2.0)  # u has no bounds where floor and ceiling are close; beyond these a triangle points outwards
 GIVERS = {"cross": (BLACK, "o", "the other architecture"), "twin": (GREEN, "^", "its own from another seed")}
 GIVERS |= {"untrained": (ORANGE, "v", "the other architecture, untrained")}
-
-
-def _plain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="0.92", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=8)
-
-
-def _need(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
-    absent = [column for column in columns if column not in frame]
-    if absent or frame.empty:
-        raise InputError(f"the {what} table {f'lacks {absent}' if absent else 'is empty'}; nothing can be drawn")
 
 
 def position_by_depth(depth: pd.DataFrame, *, title: str, caption: str, synthetic: bool) -> Figure:
@@ -38,7 +36,7 @@ def position_by_depth(depth: pd.DataFrame, *, title: str, caption: str, syntheti
 
     depth : columns part, relative_depth, u, u_low, u_high; rows without a scale (u NaN) are crosses at the bottom.
     """
-    _need(depth, ["part", "relative_depth", "u", "u_low", "u_high"], "depth")
+    need_columns(depth, ["part", "relative_depth", "u", "u_low", "u_high"], "depth")
     parts = list(depth["part"].unique())
     figure = new_figure(4.2 * len(parts) + 1.4, 3.0, title=title, caption=caption, synthetic=synthetic)
     low, high = SHOWN_U
@@ -59,7 +57,7 @@ def position_by_depth(depth: pd.DataFrame, *, title: str, caption: str, syntheti
         ax.set(xlim=(-0.03, 1.03), ylim=(low - 0.1, high + 0.1))
         ax.set_xlabel(f"relative depth in the {part} (0 first site, 1 last)", fontsize=9)
         ax.set_title(part, fontsize=10)
-        _plain(ax)
+        tidy(ax)
     figure.axes[0].set_ylabel("u: 0 untrained, 1 another seed", fontsize=9)
     handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
@@ -72,7 +70,7 @@ def stitched_dice(summary: pd.DataFrame, *, title: str, caption: str, synthetic:
     summary : columns receiver, site_b, kind (cross, twin, untrained), kept, low, high (as shares of its own) and
     without, the share kept with the site's mean in its place: what skip connections carry past it.
     """
-    _need(summary, ["receiver", "site_b", "kind", "kept", "low", "high", "without"], "stitching")
+    need_columns(summary, ["receiver", "site_b", "kind", "kept", "low", "high", "without"], "stitching")
     places = list(dict.fromkeys(zip(summary["receiver"], summary["site_b"])))
     figure = new_figure(8.0, 0.5 * len(places) + 1.3, title=title, caption=caption, synthetic=synthetic)
     ax = figure.subplots()
@@ -89,7 +87,7 @@ def stitched_dice(summary: pd.DataFrame, *, title: str, caption: str, synthetic:
     ax.set_ylim(len(places) - 0.5, -0.5)
     ax.set_xlabel("Dice kept, as a share of the receiving network's own", fontsize=9)
     ax.set_ylabel("activation replaced", fontsize=9)
-    _plain(ax)
+    tidy(ax)
     ax.grid(axis="x", color="0.92", linewidth=0.8)
     figure.legend(loc="outside right center", fontsize=8, frameon=False, title="activation given by", title_fontsize=8)
     return settle(figure)
@@ -116,9 +114,9 @@ def shared_space(
         ax.plot(*np.stack([a[:, :2], b[:, :2]]).transpose(2, 0, 1), color="0.85", lw=0.6, zorder=1)
         drawn = ax.scatter(*a[:, :2].T, marker="o", edgecolors="black", label=names[0], **options)
         ax.scatter(*b[:, :2].T, marker="^", edgecolors=VERMILLION, label=names[1], **options)
+        tidy(ax)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("first shared coordinate", fontsize=8)
-        _plain(ax)
     axes[0].set_ylabel("second shared coordinate", fontsize=8)
     bar = figure.colorbar(drawn, ax=list(axes), fraction=0.04, pad=0.02)
     bar.set_label(colour_label, fontsize=8)
@@ -133,7 +131,9 @@ def legacy_points(table: pd.DataFrame, *, title: str, caption: str, synthetic: b
 
     table : columns pair, measure, published, run_1, run_2, corrected, null_high, ceiling; NaN where there is none.
     """
-    _need(table, ["pair", "measure", "published", "run_1", "run_2", "corrected", "null_high", "ceiling"], "legacy")
+    need_columns(
+        table, ["pair", "measure", "published", "run_1", "run_2", "corrected", "null_high", "ceiling"], "legacy"
+    )
     measures, pairs = list(table["measure"].unique()), list(table["pair"].unique())
     figure = new_figure(
         2.6 * len(measures) + 3.0, 0.42 * len(pairs) + 1.4, title=title, caption=caption, synthetic=synthetic
@@ -151,8 +151,8 @@ def legacy_points(table: pd.DataFrame, *, title: str, caption: str, synthetic: b
         ax.plot(rows["null_high"], y, "|", color=VERMILLION, ms=12, label="95 % point of its null")
         ax.axvline(0, color="0.75", lw=0.8, zorder=0)
         ax.set_title(measure, fontsize=9)
+        tidy(ax)
         ax.set_xlabel("similarity", fontsize=8)
-        _plain(ax)
     axes[0].set_yticks(range(len(pairs)), pairs, fontsize=7)
     axes[0].set_ylim(len(pairs) - 0.5, -0.5)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -166,7 +166,7 @@ def region_bars(regions: pd.DataFrame, *, title: str, caption: str, synthetic: b
     regions : columns region, part, similarity, similarity_low, similarity_high, floor, ceiling.
     """
     columns = ["region", "part", "similarity", "similarity_low", "similarity_high", "floor", "ceiling"]
-    _need(regions, columns, "region")
+    need_columns(regions, columns, "region")
     parts, names = list(regions["part"].unique()), list(regions["region"].unique())
     figure = new_figure(3.2 * len(parts) + 1.8, 2.9, title=title, caption=caption, synthetic=synthetic)
     for ax, part in zip(figure.subplots(1, len(parts), squeeze=False, sharey=True)[0], parts):
@@ -180,7 +180,7 @@ def region_bars(regions: pd.DataFrame, *, title: str, caption: str, synthetic: b
         ax.set_xticks(x, names, fontsize=8)
         ax.set_xlabel("region of the image", fontsize=9)
         ax.set_title(part, fontsize=10)
-        _plain(ax)
+        tidy(ax)
     figure.axes[0].set_ylabel("debiased linear CKA", fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)

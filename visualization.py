@@ -87,7 +87,7 @@ def new_figure(width: float, height: float, *, title: str, caption: str, synthet
     return figure
 
 
-def _need_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+def need_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise InputError(f"the {what} table lacks the columns {missing}; it has {list(frame.columns)}")
@@ -105,7 +105,7 @@ def settle(figure: Figure) -> Figure:
     return figure
 
 
-def _tidy(ax: Axes) -> None:
+def tidy(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.92", linewidth=0.8)
     ax.set_axisbelow(True)
@@ -123,7 +123,7 @@ def training_curves(
     epoch was not validated). One colour a model, one line style a seed.
     """
     panels = {"train_loss": "training loss", "validation_loss": "validation loss", "validation_iou": "validation IoU"}
-    _need_columns(history, ["model", "seed", "epoch", *panels], "history")
+    need_columns(history, ["model", "seed", "epoch", *panels], "history")
     figure = new_figure(9.5, 2.9, title=title, caption=caption, synthetic=synthetic)
     models, seeds = list(history["model"].unique()), sorted(history["seed"].unique())
     colour = {model: MODEL_COLOURS[i % len(MODEL_COLOURS)] for i, model in enumerate(models)}
@@ -134,7 +134,7 @@ def training_curves(
             ax.plot(run["epoch"], run[column], color=colour[model], linestyle=style[seed], marker="o", ms=2.5, lw=1.4)
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _tidy(ax)
+        tidy(ax)
     handles = [Line2D([], [], color=colour[model], lw=2, label=str(model)) for model in models]
     handles += [Line2D([], [], color="0.4", linestyle=style[seed], label=f"seed {seed}") for seed in seeds]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
@@ -341,7 +341,7 @@ def ruler(
     number at the right is u = (similarity - floor) / (ceiling - floor), where the ceiling lies above the floor.
     """
     columns = ["measure", "policy", "part", "similarity", "low", "high", "ceiling", "floor", "null_high"]
-    _need_columns(summary, columns, "ruler")
+    need_columns(summary, columns, "ruler")
     parts = [part for part in PARTS if (summary["part"] == part).any()]
     if unknown := set(summary["part"]) - set(PARTS):
         raise InputError(f"the ruler table holds parts {sorted(map(str, unknown))}; only {PARTS} are known")
@@ -407,7 +407,7 @@ def depth_profile(
     frame : columns part, relative_depth (0 first site to 1 last site of the part), similarity, ceiling, floor; NaN
     where unknown; with similarity_low and similarity_high a bar shows them.
     """
-    _need_columns(frame, ["part", "relative_depth", "similarity", "ceiling", "floor"], "depth")
+    need_columns(frame, ["part", "relative_depth", "similarity", "ceiling", "floor"], "depth")
     parts = list(frame["part"].unique())
     figure = new_figure(4.2 * len(parts) + 1.4, 3.0, title=title, caption=caption, synthetic=synthetic)
     axes = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
@@ -427,7 +427,7 @@ def depth_profile(
         ax.axhline(0, color="0.75", lw=0.8, zorder=0)
         ax.set(xlabel=f"relative depth in the {part} (0 first site, 1 last)", title=part, xlim=(-0.03, 1.03))
         ax.title.set_fontsize(10)
-        _tidy(ax)
+        tidy(ax)
     axes[0].set_ylabel(ylabel)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", fontsize=8, frameon=False)

@@ -186,7 +186,6 @@ def with_intervals(
     table = dict(found)
     for name in QUANTITIES:
         se = intervals.standard_error(again[name], resamples.images, resamples.taken)
-        se = np.where(np.isnan(again[name]).any(0), np.nan, se)
         variances = [intervals.seed_variance([each[name] for each in values]) for values in left_out.values()]
         counts = [len(values) for values in left_out.values()]
         table[f"{name}_image_se"] = se

@@ -116,11 +116,7 @@ def control_table(config, recordings: Mapping, control: Recording) -> pd.DataFra
 def deconfound(config, recordings: Mapping, control: Recording) -> tuple[Comparison, Resamples]:
     """The headline comparison with the controls' kernels regressed out of both sides, observed and resampled."""
     gap = {name: policies["gap"].select(ids=control.ids) for name, policies in recordings.items()}
-    networks = {
-        (kind, *seeds): pair
-        for kind, pairs in ruler.network_pairs(config, recordings).items()
-        for seeds, pair in pairs.items()
-    }
+    networks = ruler.jobs(config, recordings)
     jobs = {("networks", *key): (gap[a], gap[b]) for key, (a, b) in networks.items()}
     jobs |= {("controls", name): (recording, control) for name, recording in gap.items()}
     jobs["controls", "controls"] = (control, control)
@@ -134,7 +130,7 @@ def deconfound(config, recordings: Mapping, control: Recording) -> tuple[Compari
         for key, (a, b) in networks.items():
             sides = found["controls", a], found["controls", b], found["controls", "controls"]
             kinds[key[0]][key[1:]] = deconfounding.deconfounded(found["networks", *key], *sides)
-        a, b = next(iter(ruler.network_pairs(config, recordings)["cross"].values()))
+        a, b = ruler.first_pair(config)
         return Comparison(gap[a].names, gap[b].names, **kinds)
 
     return partial(observed), Resamples(partial(again), len(control), len(subsets[0]))
@@ -143,7 +139,7 @@ def deconfound(config, recordings: Mapping, control: Recording) -> tuple[Compari
 def deconfounded_summary(config, recordings: Mapping, control: Recording) -> pd.DataFrame:
     """Lines of the summary for the deconfounded headline, one a part; without a null, see `deconfounding`."""
     comparison, resamples = deconfound(config, recordings, control)
-    a, b = next(iter(ruler.network_pairs(config, recordings)["cross"].values()))
+    a, b = ruler.first_pair(config)
     A, B = (recordings[name]["gap"].select(ids=control.ids) for name in (a, b))
     rows = [
         {"part": part, "measure": "linear CKA, deconfounded", "estimator": DECONFOUNDED, "policy": "gap"}
@@ -168,7 +164,6 @@ def region_table(config, recordings: Mapping, test: SegmentationDataset, folder:
     finest = max(grids, key=lambda policy: parse_policy(policy)[1])
     weights = controls.region_weights(test, parse_policy(finest)[1])
     weights["whole image"] = {id_: np.ones(len(cells)) for id_, cells in weights["inside"].items()}
-    networks = ruler.network_pairs(config, recordings)
     rows = []
     for region, cells in weights.items():
         have = sum(1 for weight in cells.values() if weight.sum() > 0)
@@ -176,11 +171,7 @@ def region_table(config, recordings: Mapping, test: SegmentationDataset, folder:
             print(f"note: {have} images have {region} cells, too few to compare; the region is left out")
             continue
         pooled = {name: regions.pooled(policies[finest], cells) for name, policies in recordings.items()}
-        jobs = {
-            (kind, *seeds): (pooled[a], pooled[b])
-            for kind, pairs in networks.items()
-            for seeds, (a, b) in pairs.items()
-        }
+        jobs = {job: (pooled[a], pooled[b]) for job, (a, b) in ruler.jobs(config, recordings).items()}
         path = folder / "planes" / f"resamples-{region.replace(' ', '_')}.npz"
         resamples = ruler.resample(config, jobs, HEADLINE, path)
         measure, options = ruler.ESTIMATORS[HEADLINE]
@@ -203,7 +194,7 @@ def convergence_card(config, recordings: Mapping, summary: pd.DataFrame) -> pd.D
 
     Effective ranks are medians over a part's sites of the first pair of networks; images_needed is for ± 0.02.
     """
-    a, b = next(iter(ruler.network_pairs(config, recordings)["cross"].values()))
+    a, b = ruler.first_pair(config)
     rows = []
     for line in summary.itertuples():
         A, B = (recordings[name][line.policy].select(part=line.part) for name in (a, b))
@@ -262,7 +253,7 @@ def _why(estimator: str, measure: str) -> str:
 
 def chosen_pairs(config, recordings: Mapping, count: int = ALIGNED_PAIRS) -> dict[str, list[tuple[str, str]]]:
     """part -> pairs at matched depth, spread evenly over it, the last one always there."""
-    a, b = next(iter(ruler.network_pairs(config, recordings)["cross"].values()))
+    a, b = ruler.first_pair(config)
     found = {}
     for part, pairs in ruler.matched(recordings[a]["gap"], recordings[b]["gap"]).items():
         places = np.linspace(0, len(pairs) - 1, min(count, len(pairs)) + 1).round().astype(int)[1:]
@@ -278,7 +269,7 @@ def aligned_by(images: int) -> dict[str, int]:
 
 def alignment_table(config, recordings: Mapping) -> pd.DataFrame:
     """Both models in one space, fitted on half of the images and scored on the other: one row a pair × method."""
-    a, b = next(iter(ruler.network_pairs(config, recordings)["cross"].values()))
+    a, b = ruler.first_pair(config)
     options = aligned_by(len(recordings[a]["gap"]))
     tables = [
         alignment.alignment_table(

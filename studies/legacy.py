@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,15 +30,14 @@ from similarity.nulls import Null, plane_null
 from sources import ImageSource, open_datasets
 from studies.legacy_protocol import legacy_freeze, legacy_rows, legacy_similarities
 from studies.legacy_report import CORRECTED, KEY, headline, short_site, write
+from studies.results_folder import open_results
 from utils import (
     HOME,
     InputError,
     closest,
-    open_run,
     progress,
     refuse_other_run,
     resolve_device,
-    write_text,
 )
 
 PUBLISHED = HOME / "studies" / "published.csv"
@@ -143,14 +141,7 @@ def prepare(config: LegacyConfig) -> tuple[LegacyConfig, dict[str, SegmentationD
         raise InputError(
             f"{len(datasets['validation'])} validation images: at least {SMALLEST_N} are needed to compare anything"
         )
-    hashes = {name: {"images": len(data), "hash": data.fingerprint} for name, data in datasets.items()}
-    known = Path(config.out) / "data.json"
-    # the synthetic set may differ in its last bits between versions of OpenCV; each training checks its own hash
-    if not config.is_synthetic and known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
-        raise InputError(f"{config.out} holds results of other images than {config.data} has now; choose another --out")
-    folder = open_run(Path(config.out), settings, device)
-    write_text(folder / "data.json", json.dumps(hashes, indent=1) + "\n")
-    return config, datasets, sites, folder
+    return config, datasets, sites, open_results(config, datasets, device)
 
 
 def settle(config: LegacyConfig) -> LegacyConfig:

@@ -16,6 +16,7 @@ import visualization
 from models import TITLES
 from similarity import calibration
 from similarity.measures import MEASURES
+from studies.ruler import ESTIMATORS
 from utils import (
     git_commit,
     markdown_table,
@@ -29,12 +30,7 @@ COLUMNS = [*KEY, "printed", "published", "published_again", "run1", "run2", "run
 COLUMNS += ["cut_spread", "low", "high", "word", "corrected", "corrected_low", "corrected_high", "null_high", "p_value"]
 COLUMNS += ["floor", "ceiling", "u", "verdict", "note"]
 # the corrected counterpart of each of the earlier study's measures, by the same name
-CORRECTED = {
-    "linear_cka": {"debiased": True},
-    "svcca": {"variance": 0.99},
-    "rbf_cka": {"debiased": True, "fraction": 1.0},
-    "rsa": {"rdm": "correlation", "compare": "spearman"},
-}
+CORRECTED = {name: ESTIMATORS[name][1] for name in ("linear_cka", "svcca", "rbf_cka", "rsa")}
 
 
 def short_site(site: str) -> str:

@@ -42,7 +42,7 @@ NEEDED = ("similarity", "floor", "ceiling")
 ENDS = ("", "_image_se", "_se", "_low", "_high")
 NUMBERS = [f"{name}{end}" for name in calibration.QUANTITIES for end in ENDS]
 NUMBERS += ["low", "high", "start", "null_mean", "null_high", "p_value"]
-MOST_WITH_MANY_ROWS = 200  # permutations where an image has many rows: each takes about a second
+MOST_WITH_MANY_ROWS = 200  # permutations where an image has many rows: each took 2 s for 300 images × 16 cells
 KINDS = ("cross", "own_a", "own_b", "floor", "start")
 Key = tuple[str, str]  # (policy, estimator)
 
@@ -73,6 +73,17 @@ def network_pairs(config, recordings: Mapping[str, dict]) -> dict[str, dict[tupl
         "floor": named(a, b, every, "-untrained"),
         "start": starts if pretrained else {},
     }
+
+
+def jobs(config, recordings: Mapping[str, dict]) -> dict[tuple[str, int, int], tuple[str, str]]:
+    """(kind, seed, seed) -> the names of the two networks: `network_pairs` as one mapping."""
+    pairs = network_pairs(config, recordings)
+    return {(kind, *seeds): names for kind, networks in pairs.items() for seeds, names in networks.items()}
+
+
+def first_pair(config) -> tuple[str, str]:
+    """The names of the two networks of the first seed."""
+    return tuple(f"{recipe.model}-seed{config.seeds[0]}" for recipe in config.models)
 
 
 def compare_all(config, recordings: Mapping[str, dict[str, Recording]], folder: Path) -> dict[Key, Comparison]:
@@ -116,7 +127,7 @@ def null_all(config, recordings: Mapping[str, dict[str, Recording]], folder: Pat
     Of all cells; under policies with many rows an image, of those at matched depth, by at most 200 permutations.
     """
     found = {}
-    a, b = next(iter(network_pairs(config, recordings)["cross"].values()))
+    a, b = first_pair(config)
     for policy, estimator in _keys(config):
         measure, options = ESTIMATORS[estimator]
         A, B = recordings[a][policy], recordings[b][policy]
@@ -148,39 +159,37 @@ def null_all(config, recordings: Mapping[str, dict[str, Recording]], folder: Pat
 
 def resample_all(config, recordings: Mapping[str, dict[str, Recording]], folder: Path) -> dict[Key, Resamples]:
     """Every comparison again on subsamples of the images, the same ones for all networks; kept on disk."""
-    pairs = network_pairs(config, recordings)
-    jobs = {(kind, *seeds): names for kind, networks in pairs.items() for seeds, names in networks.items()}
     found = {}
     for policy, estimator in progress(_keys(config), desc="resampling the images", unit="measure"):
-        used = {name: (recordings[a][policy], recordings[b][policy]) for name, (a, b) in jobs.items()}
+        used = {
+            name: (recordings[a][policy], recordings[b][policy]) for name, (a, b) in jobs(config, recordings).items()
+        }
         path = folder / "planes" / f"resamples-{policy.replace(':', '')}-{estimator}.npz"
         found[policy, estimator] = resample(config, used, estimator, path)
     return found
 
 
-def resample(
-    config, jobs: Mapping[tuple, tuple[Recording, Recording]], estimator: str, path: Path | None = None
-) -> Resamples:
-    """{(kind, seed, seed): (A, B)} -> the same comparison on subsamples of the images."""
+def resample(config, sides: Mapping[tuple, tuple[Recording, Recording]], estimator: str, path: Path) -> Resamples:
+    """{(kind, seed, seed): (A, B)} -> the same comparison on subsamples of the images; kept in the file `path`."""
     measure, options = ESTIMATORS[estimator]
-    A, B = next(iter(jobs.values()))
+    A, B = next(iter(sides.values()))
     share = intervals.share_for(measure, **options)
     subsets = intervals.subsamples(len(A), resamples=config.resamples, share=share, seed=config.seeds[0])
     own = {"own_a": [(name, name) for name in A.names], "own_b": [(name, name) for name in B.names]}
     cross = _only_matched(A, B)
-    wanted = None if cross is None else {job: own.get(job[0], cross) for job in jobs}
+    wanted = None if cross is None else {job: own.get(job[0], cross) for job in sides}
 
     def compute() -> dict[str, np.ndarray]:
-        made = resampled_planes(measure, jobs, subsets, pairs=wanted, **options)
+        made = resampled_planes(measure, sides, subsets, pairs=wanted, **options)
         return {"/".join(map(str, job)): values for job, values in made.items()}
 
-    hashes = [(job, one.model_hash, other.model_hash, one.names, other.names) for job, (one, other) in jobs.items()]
+    hashes = [(job, one.model_hash, other.model_hash, one.names, other.names) for job, (one, other) in sides.items()]
     key = digest(
         "resamples", hashes, A.data_hash, A.policy, estimator, options, config.resamples, share, config.seeds[0]
     )
-    made = compute() if path is None else _kept(path, key, compute)
+    made = _kept(path, key, compute)
     values: dict[str, dict] = {kind: {} for kind in KINDS}
-    for job in jobs:
+    for job in sides:
         values[job[0]][job[1:]] = made["/".join(map(str, job))]
     comparison = Comparison(A.names, B.names, **values, distance=MEASURES[measure].distance)
     return Resamples(comparison, len(A), len(subsets[0]))
@@ -221,7 +230,7 @@ def calibrate(
     tables: dict[str, list] = {"pairs": [], "depth": [], "summary": []}
     for key, comparison in comparisons.items():
         policy, estimator = key
-        A, B = _first_pair(config, recordings, policy)
+        A, B = (recordings[name][policy] for name in first_pair(config))
         table = calibration.ruler_table(comparison, resamples[key])
         table = _labelled(table, policy, estimator, A, B)
         table = with_null(table, nulls[key], _only_matched(A, B) is None).assign(p_exact=exact_p(estimator, A, B))
@@ -240,11 +249,6 @@ def calibrate(
     return {name: pd.concat(parts, ignore_index=True) for name, parts in list(tables.items())[:2]} | {
         "summary": pd.DataFrame(tables["summary"])
     }
-
-
-def _first_pair(config, recordings: Mapping[str, dict[str, Recording]], policy: str) -> tuple[Recording, Recording]:
-    a, b = next(iter(network_pairs(config, recordings)["cross"].values()))
-    return recordings[a][policy], recordings[b][policy]
 
 
 def _labelled(table: pd.DataFrame, policy: str, estimator: str, A: Recording, B: Recording) -> pd.DataFrame:
@@ -291,7 +295,7 @@ def usable(comparison: Comparison, pairs: list[tuple[str, str]]) -> list[tuple[s
     cells = comparison.scale()
     place = {pair: (comparison.rows.index(pair[0]), comparison.columns.index(pair[1])) for pair in pairs}
     there = {name: [pair for pair in pairs if not np.isnan(cells[name][place[pair]])] for name in NEEDED}
-    return [pair for pair in pairs if all(pair in having for having in there.values() if having)]
+    return [pair for pair in there["similarity"] if all(pair in having for having in there.values() if having)]
 
 
 def summarize(comparison: Comparison, resamples: Resamples, null: Null | None, pairs: list[tuple[str, str]]) -> dict:
@@ -308,9 +312,8 @@ def summarize(comparison: Comparison, resamples: Resamples, null: Null | None, p
         "network_pairs": len(comparison.cross),
         "n_images": resamples.images,
     }
-    if not any(not np.isnan(comparison.scale([pair])["similarity"]) for pair in chosen):
-        nothing = {"verdict": "no number", "site_pairs": 0, "site_pairs_left_out": len(pairs)}
-        return dict.fromkeys(NUMBERS, np.nan) | line | nothing
+    if not chosen:
+        return dict.fromkeys(NUMBERS, np.nan) | line | {"verdict": "no number"}
     values = {name: float(value) for name, value in calibration.with_intervals(comparison, resamples, chosen).items()}
     chance = null.mean_over(chosen) if null else dict.fromkeys(("null_mean", "null_high", "p_value"), np.nan)
     each = comparison.per_network_pair(chosen)

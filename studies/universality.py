@@ -8,7 +8,6 @@ untrained twin on those images, and compares all sites × sites with a ruler: th
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,25 +24,26 @@ from inference import score
 from loss_metrics import summarize
 from models import build_model, load_model, sites
 from similarity import Recording, record_models
+from similarity.intervals import FEWEST_IMAGES
 from similarity.policies import parse_policy
 from similarity.recording import hash_model
 from sources import ImageSource, open_datasets
 from studies import analysis
 from studies import universality_report as report
 from studies.controls import with_lesion
+from studies.results_folder import open_results
 from studies.ruler import ESTIMATORS, HEADLINE, NEIGHBOURS
 from studies.stitched import matched_sites
 from train import Recipe, TrainConfig, check_recipe, is_finished, objective, train
 from utils import (
     InputError,
+    atomic_path,
     closest,
     format_seconds,
-    open_run,
     progress,
     refuse_other_run,
     resolve_device,
     write_table,
-    write_text,
 )
 
 
@@ -93,7 +93,6 @@ class UniversalityConfig(ImageSource):
 LEAST = {"permutations": 1, "resamples": 2, "alignment_splits": 1, "stitch_pairs": 0, "stitch_images": 1}
 LEAST |= {"stitch_epochs": 0, "batch_size": 1, "workers": 0}
 STATES = ("trained", "untrained", "pretrained")
-FEWEST_IMAGES = 20  # fewer would leave no interval over images worth the name
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,7 @@ def prepare(config: UniversalityConfig) -> tuple[UniversalityConfig, dict[str, S
         matched_sites(*built, image_size=config.image_size, stride=config.stitch_stride)
     datasets = open_datasets(config)
     check_test_images(config, datasets["test"])
-    hashes = {name: {"images": len(data), "hash": data.fingerprint} for name, data in datasets.items()}
-    known = Path(config.out) / "data.json"
-    # the synthetic set may differ in its last bits between versions of OpenCV; each stage below checks its own hash
-    if not config.is_synthetic and known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
-        raise InputError(f"{config.out} holds results of other images than {config.data} has now; choose another --out")
-    folder = open_run(Path(config.out), dataclasses.asdict(config), device)
-    write_text(folder / "data.json", json.dumps(hashes, indent=1) + "\n")
+    folder = open_results(config, datasets, device)
     if not config.is_synthetic:
         report_duplicates({name: data.pairs for name, data in datasets.items()}, config, folder)
     return config, datasets, folder
@@ -357,7 +350,8 @@ def score_all(config: UniversalityConfig, test: SegmentationDataset, folder: Pat
         if not path.exists() or not masks.exists():
             model = load_member(member, folder).to(device)
             table, logits = score(model, make_loader(test, config.batch_size), f"scoring {member.name}")
-            save_file({id_: (output > 0).contiguous() for id_, output in logits.items()}, masks)
+            with atomic_path(masks) as temporary:
+                save_file({id_: (output > 0).contiguous() for id_, output in logits.items()}, temporary)
             write_table(table, path)
         tables.append(pd.read_csv(path).assign(model=member.recipe.model, seed=member.seed))
     metrics = pd.concat(tables, ignore_index=True)

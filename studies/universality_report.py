@@ -5,7 +5,6 @@ Takes what `analysis` found; measures nothing itself, but records full maps of a
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +45,8 @@ def write(
     shown = {name: figure for name, figure in figures.items() if figure is not None}
     for name, figure in shown.items():
         visualization.save(figure, folder / f"{name}.png")
-    text = summary_text(config, datasets, metrics, found.tables, names, found.notes)
-    missing = [f"![{words}]({name}.png)\n" for name, words in (("shared_space", "shared space"),) if name not in shown]
-    write_text(folder / "summary.md", functools.reduce(lambda page, link: page.replace(link, ""), missing, text))
+    text = summary_text(config, datasets, metrics, found.tables, names, found.notes, has_space="shared_space" in shown)
+    write_text(folder / "summary.md", text)
     if not quiet:
         print("\n" + short_table(found.tables["summary"]))
         print(sentence(config, found.tables["summary"], names))

@@ -266,7 +266,7 @@ def pictures_of(config) -> str:
 
 
 def summary_text(
-    config, datasets: dict, metrics: pd.DataFrame, tables: dict, names: list[str], notes: list[str]
+    config, datasets: dict, metrics: pd.DataFrame, tables: dict, names: list[str], notes: list[str], *, has_space: bool
 ) -> str:
     """summary.md: what was run on what, the answer, the tables, what each number means."""
     kind = "**Synthetic images** (embedded set)" if config.is_synthetic else f"Images of `{Path(config.data).name}`"
@@ -294,6 +294,7 @@ Only a 1×1 convolution is trained between the two (least squares first, then th
 images); 95 %: paired bootstrap over test images.
 """
     )
+    space = "![shared space](shared_space.png)\n\n" if has_space else ""
     where = (
         ""
         if tables["regions"].empty
@@ -344,9 +345,7 @@ images to ± 0.02. Hashes of weights and images are in `card.csv`.
 ## Controls: what the images alone explain
 {controls_table(tables["controls"])}{where}
 ## Into one space
-![shared space](shared_space.png)
-
-{alignment_table(tables["alignment"])}
+{space}{alignment_table(tables["alignment"])}
 Fitted on half of the images, scored on the other half, mean over {config.alignment_splits} random halves; *found*: how
 often the nearest image in the other model is the same image. First pair of networks.
 {stitching}

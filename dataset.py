@@ -1,18 +1,16 @@
-"""Images in: ISIC 2018 Task 1 image and mask pairs, found by id, resized once, and served as `Sample` batches.
+"""Images in: image and mask pairs, resized once, and served as `Sample` batches; checked and fetched from here too.
 
-Both folder layouts are read (`ISIC2018_Task1-2_Training_Input` beside `ISIC2018_Task1_Training_GroundTruth`, and the
-plain `ISIC2018_Training_Input` beside `ISIC2018_Training_GroundTruth`; also Validation and Test). Images leave as RGB
-in [0, 1]: normalisation belongs to the model. How a file becomes pixels, and their cache, is in `images.py`.
-On the command line: `python dataset.py check --data FOLDER` and `python dataset.py download --to FOLDER`.
+Images leave as RGB in [0, 1]: normalisation belongs to the model. Which files are a pair, and of which split, is in
+`layouts.py`; how a file becomes pixels, and their cache, in `images.py`; the archives in `download.py`. On the command
+line: `python dataset.py check --data FOLDER` and `python dataset.py download --dataset isic|pet --to FOLDER`.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,153 +20,35 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from download import BASE_URL, SPLITS, download
-from images import Pair, Transform, cache_file, cached_pixels, duplicates, faults, prepare, read_or_fill
+from download import DATASETS, SPLITS, fetch_dataset
+from images import IGNORE, Pair, Transform, cache_file, cached_pixels, duplicates, faults, prepare, read_or_fill
+from layouts import AUTO, IMAGE_SUFFIXES, cap, find_splits, recognise, scan, settle_classes
 from utils import InputError, digest
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-MASK_ENDING = "_segmentation"
-# The share of Training that stands in for a missing folder, as a range of the id's hash in [0, 1).
-DRAWN = {"test": (0.0, 0.2), "validation": (0.2, 0.3)}
+__all__ = [
+    "IMAGE_SUFFIXES",  # of layouts.py, as cap and find_splits, for who serves what it finds
+    "EpochShuffle",
+    "Sample",
+    "SegmentationDataset",
+    "cap",
+    "check",
+    "class_pixels",
+    "find_splits",
+    "main",
+    "make_loader",
+]
 
 
 class Sample(NamedTuple):
-    """One image: image Tensor (3, H, W) float32 RGB in [0, 1], mask Tensor (1, H, W) float32 {0, 1}, id.
+    """One image: image Tensor (3, H, W) float32 RGB in [0, 1], mask Tensor (1, H, W), id.
 
-    A batch is a Sample too: (B, 3, H, W), (B, 1, H, W) and a list of B ids.
+    The mask is float32 {0, 1} of two classes; of more it is int64, the class index or `images.IGNORE`. A batch is a
+    Sample too: (B, 3, H, W), (B, 1, H, W) and a list of B ids.
     """
 
     image: torch.Tensor
     mask: torch.Tensor
     id: str | list[str]
-
-
-# ---- finding pairs ----------------------------------------------------------------------------------------------
-
-
-def layout_names(split: str) -> tuple[tuple[str, str], ...]:
-    """The (image folder, mask folder) names of 'Training', 'Validation' or 'Test' in the two layouts."""
-    return tuple(
-        (f"ISIC2018_{images}{split}_Input", f"ISIC2018_{masks}{split}_GroundTruth")
-        for images, masks in (("Task1-2_", "Task1_"), ("", ""))
-    )
-
-
-def find_splits(root: Path | str, *, seed: int = 0) -> dict[str, list[Pair]]:
-    """The pairs of each split, sorted by id, from file names alone; keys among 'train', 'validation', 'test'.
-
-    Beside a Training folder, a missing Test or Validation is drawn from Training by a seeded hash of the id: test 20 %,
-    validation 10 % of the ids. So the split of an id never depends on which other images are there. Without a
-    Training folder only what is there is returned.
-
-    Raises InputError when there is no known folder, or when an image or a mask has no partner (some are named).
-    """
-    splits, problems = scan(root, seed=seed)
-    if problems:
-        raise InputError(
-            f"{root}: {_summary(problems)}. Add or remove these files; "
-            f"`python dataset.py check --data {root}` lists every one"
-        )
-    return splits
-
-
-def scan(root: Path | str, *, seed: int = 0) -> tuple[dict[str, list[Pair]], dict[str, list[str]]]:
-    """As `find_splits`, but what is wrong is returned beside the sound pairs: kind of problem -> where."""
-    folders = _layout_folders(Path(root))
-    problems: dict[str, list[str]] = {}
-    splits = {split: _pair_up(*pair, problems) for split, pair in folders.items()}
-    if "train" in splits:
-        splits = _draw_missing(splits, seed)
-    for name, pairs in splits.items():
-        if not pairs:
-            problems.setdefault("empty split", []).append(f"no pairs in {name} ({folders.get(name, ['drawn'])[0]})")
-    for (one, pairs), (other, others) in itertools.combinations(splits.items(), 2):
-        shared = {pair.id for pair in pairs} & {pair.id for pair in others}
-        for id_ in sorted(shared):
-            problems.setdefault("same id in two splits", []).append(f"{id_} ({one} and {other})")
-    order = [name for name in ("train", "validation", "test") if name in splits]
-    return {name: splits[name] for name in order}, problems
-
-
-def _layout_folders(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Split name -> (image folder, mask folder), for the folders that are in `root`."""
-    if root.is_file():
-        raise InputError(f"data folder {root} is a file; give the folder which holds the ISIC 2018 folders")
-    if not root.is_dir():
-        raise InputError(
-            f"data folder {root} does not exist; `python dataset.py download --to {root}` fetches ISIC 2018"
-        )
-    found = {}
-    for split in SPLITS:
-        present = [names for names in layout_names(split) if any((root / name).is_dir() for name in names)]
-        if len(present) > 1:
-            raise InputError(
-                f"{root} holds two layouts of {split} ({present[0][0]}, {present[1][0]}); keep one of them"
-            )
-        for names in present:
-            missing = [name for name in names if not (root / name).is_dir()]
-            if missing:
-                raise InputError(f"{root} has one half of {split} only: folder {missing[0]} is missing; put it there")
-            found["train" if split == "Training" else split.lower()] = (root / names[0], root / names[1])
-    if not found:
-        looked = ", ".join(f"{images} with {masks}" for split in SPLITS for images, masks in layout_names(split))
-        raise InputError(f"no ISIC 2018 folder in {root}: looked for {looked}; give the folder which holds these")
-    return found
-
-
-def _pair_up(image_folder: Path, mask_folder: Path, problems: dict[str, list[str]]) -> list[Pair]:
-    """The pairs of two folders, sorted by id; what has no partner or two of them goes to `problems`."""
-
-    def note(kind: str, where: str) -> None:
-        problems.setdefault(kind, []).append(where)
-
-    images, masks = _by_id(image_folder), _by_id(mask_folder, MASK_ENDING)
-    for found in (images, masks):
-        for id_, files in sorted(found.items()):
-            if len(files) > 1:
-                note("duplicate id", f"{id_}: {', '.join(f'{file.parent.name}/{file.name}' for file in files)}")
-    for id_ in sorted(set(images) - set(masks)):
-        note("image without a mask", f"{image_folder.name}/{images[id_][0].name}")
-    for id_ in sorted(set(masks) - set(images)):
-        note("mask without an image", f"{mask_folder.name}/{masks[id_][0].name}")
-    both = sorted(set(images) & set(masks))
-    return [Pair(id_, images[id_][0], masks[id_][0]) for id_ in both if len(images[id_]) == len(masks[id_]) == 1]
-
-
-def _by_id(folder: Path, ending: str = "") -> dict[str, list[Path]]:
-    """Id -> the image files of that id; hidden files, superpixels and texts of the official archives are left out."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES or path.stem.endswith("_superpixels"):
-            continue
-        found.setdefault(path.stem.removesuffix(ending), []).append(path)
-    return found
-
-
-def _draw_missing(splits: dict[str, list[Pair]], seed: int) -> dict[str, list[Pair]]:
-    drawn = {name: share for name, share in DRAWN.items() if name not in splits}
-    result = {**splits, "train": []} | {name: [] for name in drawn}
-    for pair in splits["train"]:
-        place = int(digest("split", seed, pair.id), 16) / 16**16
-        home = next((name for name, (low, high) in drawn.items() if low <= place < high), "train")
-        result[home].append(pair)
-    return result
-
-
-def _summary(problems: Mapping[str, Sequence[str]], limit: int = 3) -> str:
-    """'2 × image without a mask: a.jpg, b.jpg; 7 × …', the first `limit` of each kind."""
-    return "; ".join(
-        f"{len(where)} × {kind}: {', '.join(where[:limit])}{', …' if len(where) > limit else ''}"
-        for kind, where in problems.items()
-    )
-
-
-def cap(pairs: Sequence[Pair], n: int | None, seed: int = 0) -> list[Pair]:
-    """A seeded subset of at most `n` pairs in id order (None: all); a smaller n is a subset of a larger one."""
-    if n is not None and n < 1:
-        raise InputError(f"a subset of {n} images was asked for; ask for at least 1")
-    chosen = sorted(pairs, key=lambda pair: digest("cap", seed, pair.id))[:n]
-    return sorted(chosen, key=lambda pair: pair.id)
 
 
 # ---- serving ----------------------------------------------------------------------------------------------------
@@ -179,31 +59,43 @@ class SegmentationDataset(Dataset):
 
     With `augment`, what `transform` says to draw anew is drawn for each image by (seed, epoch, id) alone: not by the
     number of workers, the order, or where a run was resumed. Call `set_epoch` before each epoch; `seed` may be set too.
+    `repeats`: how often an epoch serves each of the n images, `len` being n · repeats; index r·n + i is image i with
+    what would be drawn for it in epoch `epoch`·repeats + r. `pairs` and `ids` name each image once.
     """
 
-    def __init__(self, pairs, transform: Transform, *, augment: bool = False, seed: int = 0, cache=None) -> None:
+    def __init__(
+        self, pairs, transform: Transform, *, augment: bool = False, seed: int = 0, cache=None, repeats: int = 1
+    ) -> None:
         if not pairs:
             raise InputError("a data set of no images was asked for; check the data folder and the split's name")
+        if repeats < 1:
+            raise InputError(f"repeats {repeats}: an epoch serves each image at least once; set repeats to 1 or more")
         prepare(pairs, transform, cache)
         self.pairs, self.transform, self.seed, self.epoch = list(pairs), transform, seed, 0
+        self.repeats = repeats
         # Computed once: asking a network drive for two file dates per image and epoch is slow.
         self.files = [cache_file(pair, transform, cache) for pair in self.pairs]
         self.augmenter = _augmenter(transform) if augment and transform != transform.unaugmented else None
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.pairs) * self.repeats
 
     def __getitem__(self, index: int) -> Sample:
-        pixels = self.pixels(index)
+        time, place = divmod(range(len(self))[index], len(self.pairs))
+        pixels, id_ = self.pixels(place), self.pairs[place].id
         image, mask = pixels[..., :3], pixels[..., 3]
         if self.augmenter is not None:
-            image, mask = self.augmenter(image, mask, self.seed, self.epoch, self.pairs[index].id)
+            image, mask = self.augmenter(image, mask, self.seed, self.epoch * self.repeats + time, id_)
         # Scaled by NumPy: on busy cores PyTorch's threads wait for each other ten times longer than the work takes.
         scaled = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
-        return Sample(torch.from_numpy(scaled), torch.from_numpy(mask[None].astype(np.float32)), self.pairs[index].id)
+        kind = np.float32 if self.transform.num_classes == 2 else np.int64
+        return Sample(torch.from_numpy(scaled), torch.from_numpy(mask[None].astype(kind)), id_)
 
     def pixels(self, index: int) -> np.ndarray:
-        """(size, size, 4) uint8 R, G, B, mask {0, 1} without augmentation; decoded again if the cache lost it."""
+        """(size, size, 4) uint8 R, G, B, mask of image `index` of n without augmentation; see `images.decode`.
+
+        Decoded again if the cache lost it.
+        """
         return read_or_fill(self.pairs[index], self.transform, self.files[index])
 
     def set_epoch(self, epoch: int) -> None:
@@ -218,9 +110,19 @@ class SegmentationDataset(Dataset):
     def fingerprint(self) -> str:
         """Hash of the ids, the resized pixels and masks, and the transform that made them; not of order or paths."""
         parts = [self.transform.size, self.transform.blur, self.transform.interpolation]
-        for index in sorted(range(len(self)), key=self.ids.__getitem__):
+        parts += [self.transform.values] if self.transform.values else []
+        for index in sorted(range(len(self.pairs)), key=self.ids.__getitem__):
             parts += [self.pairs[index].id, digest(self.pixels(index).tobytes())]
         return digest(parts)
+
+
+def class_pixels(pairs: Sequence[Pair], transform: Transform, cache: Path | str | None = None) -> np.ndarray:
+    """(n, C + 1) pixels of each class, and last those that are ignored, of sound pairs at the transform's size."""
+    labels = [*range(transform.num_classes), IGNORE]
+    counts = [
+        np.bincount(cached_pixels(pair, transform, cache)[..., 3].ravel(), minlength=256)[labels] for pair in pairs
+    ]
+    return np.array(counts, np.int64).reshape(-1, len(labels))
 
 
 def _augmenter(transform: Transform):
@@ -284,25 +186,38 @@ def make_loader(
 # ---- command line -----------------------------------------------------------------------------------------------
 
 
-def check(data: Path, size: int = 128, cache: Path | None = None, seed: int = 0) -> int:
+def check(
+    data: Path,
+    size: int = 128,
+    cache: Path | None = None,
+    seed: int = 0,
+    layout: str = AUTO,
+    classes: Sequence[str] = (),
+    mask_values: Sequence[Sequence[int]] = (),
+) -> int:
     """Print counts, sizes, lesion areas, every unusable file, and images that two splits share.
 
     Fills the image cache on the way. Duplicates are reported, not counted as faults: the official sets hold some.
 
     Args:
-        data: folder which holds the ISIC 2018 folders
+        data: folder which holds the images and masks, in any layout
         size: side of the cached images, pixels
         cache: folder of the image cache; default: what ISIC_CACHE names, or ~/.cache/isic-similarity/images
         seed: of the draw that stands in for a missing Validation or Test folder
+        layout: 'isic', 'pet' or 'folder'; 'auto' recognises it
+        classes: names of the classes; none: background and lesion, or those of Pet's trimaps
+        mask_values: for each class the mask values that mean it, such as [[2], [1, 3]]
 
     Returns: 0 when every file can be used, 1 otherwise.
     """
-    transform = Transform(size=size)
-    splits, problems = scan(data, seed=seed)
+    layout = recognise(data, layout)
+    names, values = settle_classes(layout, classes, mask_values)
+    transform = Transform(size=size, values=values)
+    splits, problems = scan(data, seed=seed, layout=layout)
     broken = {name: faults(pairs, transform, cache) for name, pairs in splits.items()}
     sound = {name: [pair for pair in pairs if pair.id not in broken[name]] for name, pairs in splits.items()}
     for name, pairs in sound.items():
-        print(f"{name}: {len(pairs)} pairs{_ranges(pairs, transform, cache)}")
+        print(f"{name}: {len(pairs)} pairs{_ranges(pairs, transform, names, cache)}")
     for kind, where in problems.items():
         print("\n".join(f"{kind}: {item}" for item in where))
     for split in broken.values():
@@ -319,8 +234,8 @@ def check(data: Path, size: int = 128, cache: Path | None = None, seed: int = 0)
     return 1 if faulty else 0
 
 
-def _ranges(pairs: Sequence[Pair], transform: Transform, cache: Path | None) -> str:
-    """', 600×450 to 6708×4439 pixels, lesions 0.3 to 99 % …' of sound pairs."""
+def _ranges(pairs: Sequence[Pair], transform: Transform, names: Sequence[str], cache: Path | None) -> str:
+    """', 600×450 to 6708×4439 pixels, lesions 0.3 to 99 % …' of sound pairs; with more classes each one's share."""
     if not pairs:
         return ""
     sizes = []
@@ -328,26 +243,45 @@ def _ranges(pairs: Sequence[Pair], transform: Transform, cache: Path | None) -> 
         with Image.open(pair.image) as image:  # reads the header only
             sizes.append(image.size)
     sizes.sort(key=lambda item: item[0] * item[1])
-    areas = np.array([cached_pixels(pair, transform, cache)[..., 3].mean() for pair in pairs]) * 100
     low, high = ("{}×{}".format(*item) for item in (sizes[0], sizes[-1]))
+    counts = class_pixels(pairs, transform, cache)
+    masks = _lesions(counts, names[1]) if transform.num_classes == 2 else _shares(counts, names, transform.size)
+    return f", {low} to {high} pixels{masks}"
+
+
+def _lesions(counts: np.ndarray, name: str) -> str:
+    """From (n, 3) pixels of background, foreground and none: what there is of the foreground."""
+    areas = counts[:, 1] / counts.sum(1) * 100
     span = f"{areas.min():.1f} to {areas.max():.1f} % of the image (median {np.median(areas):.1f} %)"
-    return f", {low} to {high} pixels, lesions {span}, {np.count_nonzero(areas == 0)} empty masks"
+    return f", {name}s {span}, {np.count_nonzero(areas == 0)} empty masks"
+
+
+def _shares(counts: np.ndarray, names: Sequence[str], size: int) -> str:
+    """From (n, C + 1) pixels: of each class the sum, its share of the labelled ones, and the images that hold it."""
+    totals, images = counts.sum(0), np.count_nonzero(counts, axis=0)
+    labelled = totals[:-1].sum()
+    parts = [
+        f"\n  {name}: {total:,} pixels{f' ({100 * total / labelled:.1f} %)' if labelled else ''} in {held} images"
+        for name, total, held in zip(names, totals, images)
+    ]
+    return f"; at {size} px:{''.join(parts)}\n  ignored: {totals[-1]:,} pixels in {images[-1]} images"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The commands `check` and `download`; an InputError is one line on stderr and exit code 2."""
-    parser = ArgumentParser(description="Check or download ISIC 2018 Task 1.")
+    parser = ArgumentParser(description="Check or download a set of images and masks.")
     commands = parser.add_subcommands()
-    checking, fetching = (ArgumentParser(description=f.__doc__.splitlines()[0]) for f in (check, download))
+    checking, fetching = (ArgumentParser(description=f.__doc__.splitlines()[0]) for f in (check, fetch_dataset))
     checking.add_function_arguments(check)
+    fetching.add_argument("--dataset", choices=tuple(DATASETS), default="isic", help="ISIC 2018 or Oxford-IIIT Pet")
     fetching.add_argument("--to", type=Path, required=True, help="folder to unpack into")
-    fetching.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="which to fetch")
-    fetching.add_argument("--base-url", default=BASE_URL, help="where the archives are")
-    fetching.add_argument("--keep-archives", action="store_true", help="keep each .zip after unpacking it")
+    fetching.add_argument("--splits", nargs="+", choices=SPLITS, help="which to fetch of ISIC; default: all three")
+    fetching.add_argument("--base-url", help="where the archives are; default: the official place")
+    fetching.add_argument("--keep-archives", action="store_true", help="keep each archive after unpacking it")
     commands.add_subcommand("check", checking, help=checking.description)
     commands.add_subcommand("download", fetching, help=fetching.description)
     options = parser.parse_args(arguments)
-    chosen = {"check": check, "download": download}[options.subcommand]
+    chosen = {"check": check, "download": fetch_dataset}[options.subcommand]
     try:
         return chosen(**options[options.subcommand].as_dict())
     except InputError as error:

@@ -29,6 +29,7 @@ from utils import InputError, atomic_path, digest, pick, progress
 # ever. Nothing is lost, since images are decoded and served by several threads or processes of ours.
 cv2.setNumThreads(1)
 
+IGNORE = 255  # in a mask of three classes or more: a pixel of no class, neither trained on nor scored
 CACHE_FORMAT = 1  # raise it whenever the same file and transform give other pixels
 MAX_PIXELS = 100_000_000  # the largest ISIC original has 30 million; a header that claims more is refused undecoded
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
@@ -61,6 +62,8 @@ class Transform:
         by default, and none changes the pixels that are cached or the data's fingerprint. flips: one of the eight
         rotations and reflections of the square; rotate: turned by up to so many degrees either way; scale: zoomed by
         1 - scale to 1 + scale; colour: strength of the change of colours; hair: probability of drawn hair.
+    values: for each class in order the mask values that mean it. () is binary: 0, and one other value. Two entries are
+        binary too, the second one being what is segmented; with more, a pixel is a class index or IGNORE.
     """
 
     size: int = 128
@@ -71,8 +74,11 @@ class Transform:
     scale: float = 0.0
     colour: float = 0.0
     hair: float = 0.0
+    values: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(tuple(entry) for entry in self.values))  # JSON knows lists only
+        _refuse_values(self.values)
         pick("interpolation", self.interpolation, RESAMPLING)
         if not 8 <= self.size <= 4096:
             raise InputError(f"image size {self.size} is not between 8 and 4096 pixels; set size to 128, for example")
@@ -86,25 +92,44 @@ class Transform:
     @property
     def unaugmented(self) -> Transform:
         """The same pixels, with nothing drawn anew: for images that are scored, not trained on."""
-        return Transform(self.size, self.blur, self.interpolation)
+        return Transform(self.size, self.blur, self.interpolation, values=self.values)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.values) or 2
+
+
+def _refuse_values(values: tuple[tuple[int, ...], ...]) -> None:
+    """Refuse classes that no mask could be read by."""
+    flat = [value for entry in values for value in entry]
+    shown = [list(entry) for entry in values]
+    if values and not 2 <= len(values) <= IGNORE:
+        raise InputError(f"mask values {shown} are of {len(values)} classes; use between 2 and {IGNORE}")
+    if not all(values):
+        raise InputError(f"mask values {shown} give class {values.index(())} none; list at least one for each class")
+    if not all(isinstance(value, int) and value >= 0 for value in flat):
+        raise InputError(f"mask values {shown} are not all whole numbers from 0 up")
+    twice = sorted({value for value in flat if flat.count(value) > 1})
+    if twice:
+        raise InputError(f"mask value {twice[0]} is listed twice in {shown}; it can mean one class only")
 
 
 # ---- decoding and the cache -------------------------------------------------------------------------------------
 
 
 def decode(pair: Pair, transform: Transform) -> np.ndarray:
-    """Decode, check and resize one pair -> (size, size, 4) uint8: R, G, B, mask {0, 1}.
+    """Decode, check and resize one pair -> (size, size, 4) uint8: R, G, B, mask {0, 1} or class index and IGNORE.
 
     The EXIF orientation is ignored for image and mask alike (ISIC has none).
-    Raises InputError naming the file that cannot be read, or a mask that does not fit its image or is not binary.
+    Raises InputError naming the file that cannot be read, or a mask that does not fit its image or its classes.
     """
     image, mask = _read_image(pair.image).convert("RGB"), _read_image(pair.mask)
     if image.size != mask.size:
         sizes = " but its image ".join("{}×{}".format(*item.size) for item in (mask, image))
         raise InputError(f"mask {pair.mask} has {sizes} pixels; replace one of them so that they fit")
     target = (transform.size, transform.size)
-    lesion = Image.fromarray(_binary(mask, pair.mask)).resize(target, Image.Resampling.NEAREST)
-    return np.dstack([_resized(image, transform), np.asarray(lesion)])
+    classes = Image.fromarray(_classes(mask, pair.mask, transform.values)).resize(target, Image.Resampling.NEAREST)
+    return np.dstack([_resized(image, transform), np.asarray(classes)])
 
 
 def read_pixels(path: Path, transform: Transform) -> tuple[np.ndarray, tuple[int, int]]:
@@ -113,9 +138,12 @@ def read_pixels(path: Path, transform: Transform) -> tuple[np.ndarray, tuple[int
     return _resized(image, transform), image.size
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """(H, W) uint8 {0, 1} of a mask file at its own size, uncached."""
-    return _binary(_read_image(path), path)
+def read_mask(path: Path, values: Sequence[Sequence[int]] = ()) -> np.ndarray:
+    """(H, W) uint8 of a mask file at its own size, uncached: {0, 1}, or of three classes or more index and IGNORE.
+
+    values: as those of a `Transform`.
+    """
+    return _classes(_read_image(path), path, Transform(values=values).values)
 
 
 def _resized(image: Image.Image, transform: Transform) -> np.ndarray:
@@ -144,24 +172,54 @@ def _read_image(path: Path) -> Image.Image:
         raise InputError(f"{path} cannot be decoded ({error}); fetch it again, or remove it and its partner") from error
 
 
-def _binary(mask: Image.Image, path: Path) -> np.ndarray:
-    """(H, W) uint8 {0, 1} of a mask that holds 0 and at most one other value."""
+def _classes(mask: Image.Image, path: Path, values: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """(H, W) uint8 of a mask, by the rule that `Transform.values` states."""
+    return _indexed(mask, path, values) if values else _binary(_numbers(mask, path), path)
+
+
+def _numbers(mask: Image.Image, path: Path) -> np.ndarray:
+    """(H, W) of what a mask holds; of a colour picture the one channel, if all are alike."""
     if mask.mode in ("1", "L", "I", "I;16", "F"):
-        values = np.asarray(mask)
-    else:
-        channels = np.asarray(mask.convert("RGB"))
-        values = channels[..., 0]
-        if (channels != values[..., None]).any():
-            raise InputError(
-                f"mask {path} is a colour picture ({mask.mode}); save it as black (skin) and white (lesion)"
-            )
-    found = np.unique(values)
+        return np.asarray(mask)
+    channels = np.asarray(mask.convert("RGB"))
+    if (channels != channels[..., :1]).any():
+        raise InputError(
+            f"mask {path} is a colour picture ({mask.mode}); save it in grey, such as black (skin) and white (lesion)"
+        )
+    return channels[..., 0]
+
+
+def _binary(numbers: np.ndarray, path: Path) -> np.ndarray:
+    """(H, W) uint8 {0, 1} of a mask that holds 0 and at most one other value."""
+    found = np.unique(numbers)
     if np.count_nonzero(found) > 1 or not (found >= 0).all():
         raise InputError(
             f"mask {path} is not binary: {len(found)} different values from {found[0]} to {found[-1]}; "
-            "save it as a PNG of 0 (skin) and 255 (lesion)"
+            "save it as a PNG of 0 (skin) and 255 (lesion), or say which value means which class (mask_values)"
         )
-    return (values > 0).astype(np.uint8)
+    return (numbers > 0).astype(np.uint8)
+
+
+def _indexed(mask: Image.Image, path: Path, values: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """(H, W) uint8 of class indices; of a picture with a palette it is the numbers that count, not their colours."""
+    numbers = np.asarray(mask) if mask.mode == "P" else _numbers(mask, path)
+    found, places = np.unique(numbers, return_inverse=True)
+    index_of = {value: index for index, entry in enumerate(values) for value in entry}
+    if len(values) > 2:
+        index_of.setdefault(IGNORE, IGNORE)
+    unknown = [value for value in found.tolist() if value not in index_of]
+    if unknown == [IGNORE]:
+        raise InputError(
+            f"mask {path} holds {IGNORE} (ignore), and with two classes every pixel counts; list {IGNORE} in "
+            "mask_values as one of them, or tell three classes apart"
+        )
+    if unknown:
+        known = "; ".join(f"{', '.join(map(str, entry))} for class {index}" for index, entry in enumerate(values))
+        raise InputError(
+            f"mask {path} holds the value {unknown[0]:.15g}, which is no class: known are {known}"
+            f"{f'; {IGNORE} to ignore' if index_of.get(IGNORE) == IGNORE else ''}; correct the mask or mask_values"
+        )
+    return np.array([index_of[value] for value in found.tolist()], np.uint8)[places.reshape(numbers.shape)]
 
 
 class CacheError(InputError):
@@ -182,7 +240,8 @@ def cache_file(pair: Pair, transform: Transform, cache: Path | str | None) -> Pa
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}); put it back, or remove its partner") from error
         facts += [os.path.abspath(path), status.st_size, status.st_mtime_ns]
-    key = digest(CACHE_FORMAT, facts, transform.size, transform.blur, transform.interpolation)
+    classes = [transform.values] if transform.values else []  # without them the key is what it always was
+    key = digest(CACHE_FORMAT, facts, transform.size, transform.blur, transform.interpolation, *classes)
     return cache_folder(cache) / f"{pair.id}-{key}.rgbm"
 
 
@@ -262,7 +321,7 @@ def prepare(pairs: Sequence[Pair], transform: Transform, cache: Path | str | Non
 
 
 def cached_pixels(pair: Pair, transform: Transform, cache: Path | str | None = None) -> np.ndarray:
-    """(size, size, 4) uint8 R, G, B, mask {0, 1} of a pair, from the cache or decoded into it."""
+    """(size, size, 4) uint8 R, G, B, mask of a pair (see `decode`), from the cache or decoded into it."""
     return read_or_fill(pair, transform, cache_file(pair, transform, cache))
 
 
@@ -306,5 +365,9 @@ def _signatures(pairs: Sequence[Pair], transform: Transform, cache) -> tuple[np.
         digests.append(digest(colours.tobytes()))
         bits.append(np.where(small[:, 1:] > small[:, :-1], 1, -1).ravel())
         thumbs.append(detail / norm if norm > 0 else detail)  # an even image correlates with nothing
-    shape = (len(pairs), -1) if pairs else (0, 1)
-    return np.array(digests), np.array(bits, np.float32).reshape(shape), np.array(thumbs, np.float32).reshape(shape)
+    n = len(pairs)  # a split may be empty
+    return (
+        np.array(digests, str),
+        np.array(bits, np.float32).reshape(n, 256),
+        np.array(thumbs, np.float32).reshape(n, 1024),
+    )

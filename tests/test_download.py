@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import io
 import shutil
 import stat
+import tarfile
 import threading
 import zipfile
 from collections import namedtuple
@@ -14,10 +16,11 @@ from collections import namedtuple
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import OxfordIIITPet
 
 import dataset
 import download as room
-from download import Remote, archive_names, download, fetch, unpack
+from download import Remote, archive_names, download, download_pet, fetch, unpack, unpack_tar
 from utils import InputError
 
 
@@ -265,3 +268,132 @@ def test_members_at_the_top_and_leftovers_of_a_killed_run_are_no_obstacle(tmp_pa
     shutil.rmtree(tmp_path / "set")
     unpack(archive(tmp_path, zipped({"set/a.png": b"1", "__MACOSX/x": b"2"})), tmp_path / "set")
     assert names(tmp_path / "set") == {"a.png"} and names(tmp_path) == {"set", "set.zip"}
+
+
+# ---- Oxford-IIIT Pet ----
+
+
+def tarred(members: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A .tar.gz; of other kinds than files, what a member holds is where it links to."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=1) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(data) if kind == tarfile.REGTYPE else 0
+            info.linkname = "" if kind == tarfile.REGTYPE else data.decode()
+            archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+@pytest.fixture
+def pets(server, monkeypatch):
+    """The two archives on the server, as the official ones are laid out, with the sums that torchvision would know."""
+    generator = np.random.default_rng(0)
+    names = [f"Abyssinian_{number}" for number in range(1, 41)] + ["pug_1"]
+    trimap = np.pad(np.full((8, 8), 1, np.uint8), ((6, 6), (8, 8)), constant_values=2)
+    trimap[6, 8:16] = 3
+    lists = {split: "".join(f"{name} 1 1 1\n" for name in part) for split, part in
+             {"trainval": names[:-1], "test": names[-1:]}.items()}  # fmt: skip
+    photos = {f"images/{n}.jpg": encoded(generator.integers(0, 255, (20, 24, 3), np.uint8), "JPEG") for n in names}
+    server.files["images.tar.gz"] = tarred({**photos, "images/Abyssinian_100.mat": b"MATLAB", "._images": b"x"})
+    server.files["annotations.tar.gz"] = tarred(
+        {f"annotations/trimaps/{name}.png": encoded(trimap, "PNG") for name in names}
+        | {f"annotations/trimaps/._{name}.png": b"x" for name in names}
+        | {f"annotations/{split}.txt": text.encode() for split, text in lists.items()}
+        | {"annotations/README": b"terms", "annotations/xmls/pug_1.xml": b"<x/>"}
+    )
+    sums = tuple((server.url + name, hashlib.md5(data).hexdigest()) for name, data in server.files.items())
+    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", sums)
+    return server
+
+
+def test_torchvision_knows_two_pet_archives_with_addresses_and_sums():
+    urls, sums = zip(*OxfordIIITPet._RESOURCES)
+    assert [url.rsplit("/", 1)[-1] for url in urls] == ["images.tar.gz", "annotations.tar.gz"]
+    assert all(url.startswith("https://") for url in urls) and all(len(bytes.fromhex(md5)) == 16 for md5 in sums)
+
+
+def test_the_pet_command_fetches_what_torchvision_and_find_splits_read(pets, tmp_path, capsys):
+    to = tmp_path / "oxford-iiit-pet"  # the folder that torchvision looks in
+    assert dataset.main(["download", "--dataset", "pet", "--to", str(to)]) == 0
+    assert names(to) == {"images", "annotations"}
+    splits = dataset.find_splits(to)
+    for split, ours in (("trainval", splits["train"] + splits["validation"]), ("test", splits["test"])):
+        theirs = OxfordIIITPet(tmp_path, split=split, target_types="segmentation")
+        assert {(pair.image, pair.mask) for pair in ours} == set(zip(theirs._images, theirs._segs))
+    assert dataset.main(["check", "--data", str(to), "--size", "24"]) == 0
+    assert "every file can be used" in capsys.readouterr().out
+    seen = len(pets.ranges)
+    download_pet(to)
+    assert len(pets.ranges) == seen == 2
+
+
+def test_an_interrupted_pet_transfer_goes_on(pets, tmp_path):
+    pets.faults = [1000]
+    with pytest.raises(InputError, match=r"images\.tar\.gz stopped after 1,000 of"):
+        download_pet(tmp_path, attempts=1)
+    download_pet(tmp_path, attempts=1)
+    assert pets.ranges == [None, "bytes=1000-", None] and names(tmp_path) == {"images", "annotations"}
+
+
+def test_a_pet_archive_with_another_sum_is_refused_and_left(pets, tmp_path):
+    (tmp_path / "images.tar.gz").write_bytes(tarred({"images/a.jpg": b"1"}))
+    with pytest.raises(InputError, match=r"images\.tar\.gz has not the MD5 sum .* delete it and run"):
+        download_pet(tmp_path)
+    assert "images" not in names(tmp_path) and "images.tar.gz" in names(tmp_path)
+
+
+def test_pet_archives_put_there_by_hand_need_no_network(pets, tmp_path):
+    for name, data in pets.files.items():
+        (tmp_path / name).write_bytes(data)
+    download_pet(tmp_path, "http://127.0.0.1:9", keep_archives=True)
+    assert names(tmp_path) == {"images", "annotations", "images.tar.gz", "annotations.tar.gz"}
+
+
+def test_offline_both_pet_addresses_and_places_are_named(tmp_path, capsys):
+    command = ["download", "--dataset", "pet", "--to", str(tmp_path / "pet"), "--base-url", "http://127.0.0.1:9"]
+    assert dataset.main(command) == 2
+    said = capsys.readouterr().err
+    for name in ("images.tar.gz", "annotations.tar.gz"):
+        assert f"fetch http://127.0.0.1:9/{name}" in said or f"and http://127.0.0.1:9/{name}" in said
+        assert f"put it at {tmp_path / 'pet' / name}" in said
+    assert dataset.main([*command, "--splits", "Test"]) == 2
+    assert "--splits is of ISIC" in capsys.readouterr().err
+
+
+HOSTILE_TARS = {
+    "parent": lambda: tarred({"set/a.png": b"1", "set/../../out.txt": b"2"}),
+    "absolute": lambda: tarred({"/tmp/out.txt": b"1"}),
+    "symbolic link": lambda: tarred({"set/link": b"/etc/passwd"}, tarfile.SYMTYPE),
+    "link inside": lambda: tarred({"set/link": b"a.png"}, tarfile.SYMTYPE),
+    "hard link": lambda: tarred({"set/link": b"../../a.png"}, tarfile.LNKTYPE),
+    "device": lambda: tarred({"set/tty": b""}, tarfile.CHRTYPE),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TARS)
+def test_tar_members_that_leave_the_folder_are_refused_and_nothing_stays(tmp_path, kind):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    with pytest.raises(InputError, match="outside the folder, a link or an encrypted file"):
+        unpack_tar(archive(inner, HOSTILE_TARS[kind]()), inner / "set")
+    assert names(inner) == {"set.zip"} and names(tmp_path) == {"inner"}
+
+
+def test_a_tar_that_grows_too_much_or_holds_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"claims files of 5,000,000 bytes"):
+        unpack_tar(archive(tmp_path, tarred({"set/zeros.png": bytes(5_000_000)})), tmp_path / "set")
+    with pytest.raises(InputError, match=r"claims 0 files"):
+        unpack_tar(archive(tmp_path, tarred({})), tmp_path / "set")
+    assert names(tmp_path) == {"set.zip"}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: flipped(data, 200), lambda data: b"<html>sorry</html>"]
+)
+def test_a_damaged_tar_is_named_and_leaves_no_folder(tmp_path, damage):
+    noise = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
+    path = archive(tmp_path, damage(tarred({"set/a.png": noise})))
+    with pytest.raises(InputError, match=r"set\.zip is damaged .*delete .* run the same command again"):
+        unpack_tar(path, tmp_path / "set")
+    assert names(tmp_path) == {"set.zip"}

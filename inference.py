@@ -9,6 +9,7 @@ answer that is sure of itself would outvote all the others.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections import Counter
@@ -22,16 +23,17 @@ import torch
 from jsonargparse import CLI
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.data import DataLoader
 
 import pictures
 import visualization
+from class_metrics import class_scores
 from dataset import IMAGE_SUFFIXES, Sample, find_splits, make_loader
 from dataset import SegmentationDataset as Images
 from images import Transform, read_mask, read_pixels
 from loss_metrics import image_metrics, summarize
-from models import TITLES, lesion_logits, load_model
+from models import TITLES, decided, load_model, pixel_logits
 from utils import (
     InputError,
     peak_memory,
@@ -53,7 +55,7 @@ Models = nn.Module | Sequence[nn.Module]
 
 @torch.no_grad()
 def predict(model: Models, images: Tensor, flips: bool = False) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] -> lesion log-odds (B, 1, H, W) on the CPU, in eval mode.
+    """Images (B, 3, H, W) in [0, 1] -> lesion log-odds (B, 1, H, W), or C classes' logits, on the CPU, in eval mode.
 
     Of several models: the log-odds of their mean probability. `flips`: each model's mean over the eight flips and
     quarter turns of the images, turned back; the answer to a flipped image is then exactly the flipped answer.
@@ -69,8 +71,8 @@ def _predict_one(model: nn.Module, images: Tensor, flips: bool) -> Tensor:
     model.eval()
     try:
         if not flips:
-            return lesion_logits(model, images).float().cpu()
-        views = ((view, lesion_logits(model, _turned(images, *view))) for view in VIEWS)
+            return pixel_logits(model, images).float().cpu()
+        views = ((view, pixel_logits(model, _turned(images, *view))) for view in VIEWS)
         return mean_log_odds([_turned_back(logits.float().cpu(), *view) for view, logits in views])
     finally:
         model.train(training)
@@ -89,10 +91,14 @@ def mean_log_odds(answers: Sequence[Tensor]) -> Tensor:
     """Log-odds of the mean probability of K answers of log-odds, of any one shape; of one answer: itself.
 
     log Σ σ(x) − log Σ σ(−x), in log space because probabilities round to 1 from log-odds of 17 on. The answers are
-    sorted first, pixel by pixel, so that their order does not show even in the last bit.
+    sorted first, pixel by pixel, so that their order does not show even in the last bit. Of answers (B, C, H, W) with
+    C > 1 classes: log Σ softmax(x), up to a constant.
     """
     if len(answers) == 1:
         return answers[0]
+    if answers[0].ndim == 4 and answers[0].shape[1] > 1:
+        shares = np.sort(torch.stack([log_softmax(answer, 1) for answer in answers]).numpy(), axis=0)
+        return functools.reduce(torch.logaddexp, torch.from_numpy(shares))
     ordered = torch.from_numpy(np.sort(torch.stack(list(answers)).numpy(), axis=0))
     lesion, skin = (functools.reduce(torch.logaddexp, logsigmoid(sign * ordered)) for sign in (1, -1))
     return lesion - skin
@@ -111,7 +117,7 @@ def _answers(
 def score(
     model: Models, loader: Iterable[Sample], label: str = "scoring", flips: bool = False
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    """(one row an image: id and metrics; {id: lesion log-odds (1, H, W)}) over a loader."""
+    """(one row an image: id and metrics; {id: log-odds (1, H, W), or C classes' logits}) over a loader."""
     rows, logits = [], {}
     for batch, output in _answers(model, loader, label, flips):
         rows.append(_at_input_size(batch, output))
@@ -133,40 +139,54 @@ def score_split(
     with that mask as it is in its file; the table then has the columns width and height in pixels. One batch at the
     model's size and one image at its own are in memory, however many there are.
     """
-    pairs = {pair.id: pair for pair in loader.dataset.pairs}
+    pairs, values = {pair.id: pair for pair in loader.dataset.pairs}, loader.dataset.transform.values
     rows = []
     for batch, output in _answers(model, loader, "scoring", flips):
         if not full_resolution:
             rows.append(_at_input_size(batch, output))
         for id_, logits in zip(batch.id, output):
             if full_resolution:
-                rows.append(_at_own_size(id_, logits, read_mask(pairs[id_].mask)))
+                rows.append(_at_own_size(id_, logits, read_mask(pairs[id_].mask, values)))
             if masks is not None:
                 with Image.open(pairs[id_].image) as original:  # reads the header only
-                    save_mask(logits, original.size, masks / f"{id_}_segmentation.png")
+                    save_mask(logits, original.size, masks / f"{id_}_segmentation.png", values)
     return pd.concat(rows, ignore_index=True)
 
 
 def _at_input_size(batch: Sample, logits: Tensor) -> pd.DataFrame:
-    return pd.DataFrame({"id": batch.id} | image_metrics(logits > 0, batch.mask > 0.5))
+    return pd.DataFrame({"id": batch.id} | image_scores(logits, batch.mask))
+
+
+def image_scores(logits: Tensor, masks: Tensor) -> dict[str, np.ndarray]:
+    """Metrics of each image, (B,): of lesion log-odds (B, 1, H, W), or of logits of C classes against their indices."""
+    if logits.shape[1] == 1:
+        return image_metrics(logits > 0, masks > 0.5)
+    return class_scores(decided(logits), masks, logits.shape[1])
 
 
 def _at_own_size(id_: str, logits: Tensor, truth: np.ndarray) -> pd.DataFrame:
-    """The row of one image: lesion log-odds (1, h, w) against its mask (H, W) {0, 1}."""
+    """The row of one image: log-odds (1, h, w), or logits of classes, against its mask (H, W)."""
     height, width = truth.shape
-    prediction = own_size(logits, (width, height))
-    metrics = image_metrics(torch.from_numpy(prediction)[None], torch.from_numpy(truth)[None])
+    prediction, truth = (torch.from_numpy(x)[None] for x in (own_size(logits, (width, height)), truth))
+    several = len(logits) > 1
+    metrics = class_scores(prediction, truth.long(), len(logits)) if several else image_metrics(prediction > 0, truth)
     return pd.DataFrame({"id": [id_], "width": width, "height": height} | metrics)
 
 
 def own_size(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Lesion log-odds (1, h, w) -> bool (H, W) for size (W, H) in pixels: resized bilinearly, then cut at 0."""
-    return cv2.resize(logits[0].numpy(), size, interpolation=cv2.INTER_LINEAR) > 0
+    """Log-odds (1, h, w), or logits (C, h, w), -> labels (H, W) int64, size (W, H) in pixels: resized, then decided."""
+    maps = [cv2.resize(part.numpy(), size, interpolation=cv2.INTER_LINEAR) for part in logits]
+    return decided(torch.from_numpy(np.stack(maps))[None])[0, 0].numpy()
 
 
-def save_mask(logits: Tensor, size: tuple[int, int], path: Path) -> None:
-    """Lesion log-odds (1, h, w) -> {0, 255} PNG of (width, height) pixels."""
-    Image.fromarray(own_size(logits, size).astype(np.uint8) * 255).save(path)
+def save_mask(logits: Tensor, size: tuple[int, int], path: Path, values: Sequence[Sequence[int]] = ()) -> None:
+    """Log-odds (1, h, w), or logits, -> PNG of (width, height) pixels: {0, 255}, or the data's own value of each class.
+
+    values : of each class, its mask values in the data; the first is written
+    """
+    labels = own_size(logits, size)
+    written = [each[0] for each in values] or [0, 255]
+    Image.fromarray(np.array(written, np.uint8)[labels]).save(path)
 
 
 # ---- images without masks ---------------------------------------------------------------------------------------
@@ -181,9 +201,17 @@ def segment_files(
         pixels, size = read_pixels(file, transform)
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float() / 255
         logits = predict(model, image[None], flips)[0]
-        save_mask(logits, size, out / f"{file.stem}_segmentation.png")
-        rows.append({"id": file.stem, "lesion_share": float((logits > 0).float().mean())})
+        save_mask(logits, size, out / f"{file.stem}_segmentation.png", transform.values)
+        rows.append({"id": file.stem} | _shares(logits))
     return pd.DataFrame(rows)
+
+
+def _shares(logits: Tensor) -> dict[str, float]:
+    """The share of an image's pixels that is lesion, or that each class but the first has."""
+    labels = decided(logits[None])
+    if len(logits) == 1:
+        return {"lesion_share": float(labels.float().mean())}
+    return {f"share_of_class_{label}": float((labels == label).float().mean()) for label in range(1, len(logits))}
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -210,8 +238,8 @@ def picture(
     chosen = [dataset[place[id_]] for id_ in ids]
     return pictures.example_predictions(
         torch.stack([sample.image for sample in chosen]).numpy(),
-        torch.stack([sample.mask for sample in chosen]).numpy() > 0.5,
-        {name: torch.stack([logits[id_] for id_ in ids]).numpy() > 0},
+        torch.stack([sample.mask for sample in chosen]).numpy(),
+        {name: decided(torch.stack([logits[id_] for id_ in ids])).numpy()},
         ids,
         {name: metrics.set_index("id").loc[list(ids), "iou"].tolist()},
         title=title,
@@ -246,6 +274,8 @@ def infer(
     device: str = "auto",
     flips: bool = False,
     full_resolution: bool = False,
+    layout: str = "auto",
+    mask_values: Sequence[Sequence[int]] = (),
 ) -> None:
     """Segment a split with masks (metrics, intervals, pictures) or images without.
 
@@ -260,6 +290,9 @@ def infer(
         device: auto, cpu or cuda
         flips: mean probability over the eight flips and quarter turns of each image; takes eight times as long
         full_resolution: score at each image's own size, against its mask as it is, as the ISIC challenge does
+        layout: of --data: auto, isic, pet or folder
+        mask_values: for each class of the model the values that mean it in the masks of --data, where they are others
+            than those it was trained on, such as [[2], [1, 3]] for background and pet
     """
     if (data is None) == (images is None):
         raise InputError("give either --data (a folder with masks, to score) or --images (a file or folder to segment)")
@@ -281,7 +314,9 @@ def infer(
         write_table(segment_files(models, transform, files, out, flips), out / "lesion_share.csv")
         print(f"{len(files)} masks in {out}")
         return
-    splits = find_splits(data)
+    if mask_values:
+        transform = dataclasses.replace(transform, values=tuple(map(tuple, mask_values)))
+    splits = find_splits(data, layout=layout)
     if split not in splits:
         raise InputError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
     loader = make_loader(Images(splits[split], transform), batch_size)
@@ -306,7 +341,8 @@ def load_ensemble(checkpoints: Path | Sequence[Path]) -> tuple[list[nn.Module], 
 
 
 def _in_words(transform: Transform) -> str:
-    return f"images of {transform.size} px (blur {transform.blur:g}, {transform.interpolation})"
+    classes = f", {transform.num_classes} classes" if transform.values else ""
+    return f"images of {transform.size} px (blur {transform.blur:g}, {transform.interpolation}{classes})"
 
 
 def _score_into(out: Path, models: list[nn.Module], loader: DataLoader, options: dict, labels: dict) -> None:

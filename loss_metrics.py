@@ -17,6 +17,7 @@ from torch.nn import functional
 from utils import InputError
 
 METRICS = ("iou", "dice", "accuracy", "sensitivity", "specificity", "thresholded_jaccard")
+CLASS_METRICS = ("iou", "dice", "accuracy", "class_accuracy")  # of several classes, see class_metrics
 JACCARD_THRESHOLD = 0.65  # ISIC 2018 Task 1: a Jaccard index below this scores zero
 
 
@@ -127,15 +128,16 @@ def _ratio(part: np.ndarray, whole: np.ndarray, if_undefined: float = np.nan) ->
 def summarize(frame: pd.DataFrame, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Mean over images and percentile bootstrap interval of each metric: columns metric, mean, low, high, n.
 
-    frame : one row an image, with the columns METRICS (others are ignored). NaN values (an image for which the metric
-    does not exist) are left out, and n says how many counted; below two the interval is NaN. Each metric draws from
-    the same seed, so metrics that exist for all images share their resamples.
+    frame : one row an image, with the columns METRICS, or those of several classes (others are ignored). NaN values (an
+    image for which the metric does not exist) are left out, and n says how many counted; below two the interval is NaN.
+    Each metric draws from the same seed, so metrics that exist for all images share their resamples.
     """
-    missing = [name for name in METRICS if name not in frame.columns]
+    metrics = CLASS_METRICS if "class_accuracy" in frame.columns else METRICS
+    missing = [name for name in metrics if name not in frame.columns]
     if missing:
         raise InputError(f"the table of per-image metrics lacks the columns {missing}; make it with image_metrics")
     rows = []
-    for name in METRICS:
+    for name in metrics:
         values = frame[name].to_numpy(dtype=np.float64)
         values = values[~np.isnan(values)]
         low, high = _interval(values, level, resamples, seed)

@@ -6,6 +6,7 @@ decoder emits (query, batch, channel), its pixel decoder concatenates the tokens
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from utils import InputError, closest
 TOKENS = ("batch", "token", "channel")
 QUERIES = ("query", "batch", "channel")
 BATCH_QUERIES = ("batch", "query", "channel")
+ENCODERS = ("encoder", "backbone", "segformer")  # of models that answer a map of logits
 PIXEL_STRIDES = (32, 16, 8)  # the order in which the pixel decoder concatenates its levels
 
 _SWIN = "model.pixel_level_module.encoder.swin"
@@ -44,6 +46,21 @@ _OLD_SPELLINGS = (
     (r"(\.blocks\.\d+)\.mlp\.fc1\b", r"\1.intermediate.dense"),
     (r"(\.blocks\.\d+)\.mlp\.fc2\b", r"\1.output.dense"),
 )
+# what is listened to in the decoders of segmentation-models-pytorch and torchvision; '.*' stands for every child
+DECODERS = {
+    "unetpp": ("decoder.blocks.*",),
+    "unet": ("decoder.blocks.*",),
+    "fpn": ("decoder.p5", "decoder.p4", "decoder.p3", "decoder.p2", "decoder.seg_blocks.*", "decoder.merge"),
+    "deeplabv3plus": ("decoder.aspp", "decoder.block1", "decoder.block2"),
+    "segformer_smp": ("decoder.mlp_stage.*", "decoder.fuse_stage"),
+    "upernet": (
+        "decoder.psp",
+        "decoder.fpn_lateral_blocks.*",
+        "decoder.fpn_conv_blocks.*",
+        "decoder.fusion_block",
+    ),
+    "fcn": ("classifier.2",),
+}
 # what each kind of module emits, first match wins
 _MASK2FORMER_AXES = (
     (rf"{re.escape(_PIXEL)}\.(input_projections|adapter|layer|mask_projection)", IMAGE_AXES),
@@ -57,8 +74,21 @@ _MASK2FORMER_AXES = (
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
-    """The image encoder (backbone), as a module."""
-    return model.encoder if hasattr(model, "encoder") else model.model.pixel_level_module.encoder
+    """The image encoder (backbone), as a module; without the neck that turns its features into a pyramid."""
+    return model.get_submodule(encoder_path(model))
+
+
+def encoder_path(model: nn.Module) -> str:
+    """Where the image encoder is among the model's modules."""
+    for path in ("model.pixel_level_module.encoder.body", "model.pixel_level_module.encoder", *ENCODERS):
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            continue
+        return path
+    raise InputError(
+        f"{type(model).__name__} has no encoder at {', '.join(ENCODERS)}; models.py builds those that have"
+    )
 
 
 def default_sites(model: nn.Module) -> list[Site]:
@@ -66,8 +96,10 @@ def default_sites(model: nn.Module) -> list[Site]:
 
     The one-channel head is left out (its features are the prediction itself), and so is what is constant over images.
     """
-    declared = _unetpp_sites(model) if model.spec.name == "unetpp" else _mask2former_sites(model)
+    declared = _all_declared(model)
     side = 64  # any size that every stride divides: only the order of firing is read off
+    if (patch := getattr(encoder_of(model), "patch", 1)) > 1:
+        side = 4 * patch
     parameter = next(model.parameters())
     blank = torch.zeros(1, 3, side, side, device=parameter.device, dtype=parameter.dtype)
     # encoders that start at stride 4 leave blocks at stride 2 without a channel: nothing to compare there
@@ -87,11 +119,13 @@ def declare_site(model: nn.Module, name: str) -> Site:
     if resolved in known:
         return known[resolved]
     module = find_module(model, resolved)
-    part = "encoder" if parse(resolved).path.startswith(("encoder", "model.pixel_level_module.encoder")) else "decoder"
+    part = "encoder" if parse(resolved).path.startswith(encoder_path(model)) else "decoder"
     if model.spec.name == "mask2former":
         axes, strides = _mask2former_axes(resolved)
+    elif model.spec.name in ("segformer", "fcn") or parse(resolved).selectors:
+        axes, strides = None, ()
     else:
-        axes, strides = (None if parse(resolved).selectors else IMAGE_AXES), ()
+        axes, strides = IMAGE_AXES, ()
     axes = contract_axes(module) if axes is None else axes
     if axes is None:
         raise InputError(
@@ -133,38 +167,77 @@ def rename_keys(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _all_declared(model: nn.Module) -> list[Site]:
-    return _unetpp_sites(model) if model.spec.name == "unetpp" else _mask2former_sites(model)
+    if model.spec.name == "mask2former":
+        return _mask2former_sites(model)
+    if model.spec.name == "segformer":
+        return _segformer_sites(model)
+    encoder = _convolutional_encoder_blocks(encoder_of(model), encoder_path(model))
+    decoder = [name for pattern in DECODERS[model.spec.name] for name in _children_of(model, pattern)]
+    return [Site(name, IMAGE_AXES, part="encoder") for name in encoder] + [
+        Site(name, IMAGE_AXES, part="decoder") for name in decoder
+    ]
 
 
-def _unetpp_sites(model: nn.Module) -> list[Site]:
-    encoder = [Site(name, IMAGE_AXES, part="encoder") for name in _convolutional_encoder_blocks(model)]
-    decoder = [Site(f"decoder.blocks.{name}", IMAGE_AXES, part="decoder") for name in model.decoder.blocks._modules]
-    return encoder + decoder
+def _children_of(model: nn.Module, pattern: str) -> list[str]:
+    """'decoder.blocks.*' -> every child of decoder.blocks; any other name is itself."""
+    if not pattern.endswith(".*"):
+        return [pattern]
+    return [f"{pattern[:-1]}{name}" for name, _ in model.get_submodule(pattern[:-2]).named_children()]
 
 
-def _convolutional_encoder_blocks(model: nn.Module) -> list[str]:
+def _convolutional_encoder_blocks(encoder: nn.Module, path: str) -> list[str]:
     """Blocks of the ResNet and MobileNet families by their modules; any other encoder by its list of stages."""
-    encoder = model.encoder
     if hasattr(encoder, "layer1"):
-        stem = ["encoder.relu"] if hasattr(encoder, "relu") else []
-        return stem + [
-            f"encoder.layer{i}.{name}" for i in range(1, 5) for name in getattr(encoder, f"layer{i}")._modules
-        ]
+        stem = [f"{path}.relu"] if hasattr(encoder, "relu") else []
+        layers = [f"layer{i}" for i in range(1, 5) if hasattr(encoder, f"layer{i}")]
+        return stem + [f"{path}.{layer}.{name}" for layer in layers for name in getattr(encoder, layer)._modules]
     if isinstance(getattr(encoder, "features", None), nn.Sequential):
-        return [f"encoder.features.{name}" for name in encoder.features._modules]
-    return [f"encoder:{stage}" for stage in range(1, len(encoder.out_channels))]
+        return [f"{path}.features.{name}" for name in encoder.features._modules]
+    return [f"{path}:{stage}" for stage in range(1, len(encoder.out_channels))]
+
+
+def _segformer_sites(model: nn.Module) -> list[Site]:
+    """Every block of the encoder, the four projections of its stages, and their fusion."""
+    config, blocks = model.config, []
+    strides = [math.prod(config.strides[: stage + 1]) for stage in range(len(config.depths))]
+    for stage, depth in enumerate(config.depths):
+        for block in range(depth):
+            new, old = f"segformer.stages.{stage}.blocks.{block}", f"segformer.encoder.block.{stage}.{block}:0"
+            name = new if _has(model, new) else old  # transformers 4 wrapped a block's tokens in a tuple
+            blocks.append(Site(name, TOKENS, (strides[stage],), "encoder"))
+    heads = "linear_projections" if hasattr(model.decode_head, "linear_projections") else "linear_c"
+    levels = [
+        Site(f"decode_head.{heads}.{stage}", TOKENS, (stride,), "decoder") for stage, stride in enumerate(strides)
+    ]
+    return [*blocks, *levels, Site("decode_head.activation", IMAGE_AXES, part="decoder")]
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    return path in dict(model.named_modules())
+
+
+def _mask2former_encoder_sites(model: nn.Module) -> list[Site]:
+    """Blocks of whichever encoder it stands on, and the levels of the pyramid that a neck makes of them."""
+    body, path = encoder_of(model), encoder_path(model)
+    if hasattr(body, "vit"):
+        options = {"strides": (body.patch,), "part": "encoder", "prefix": body.prefix_tokens}
+        blocks = [Site(f"{path}.vit.blocks.{k}", TOKENS, **options) for k in range(len(body.vit.blocks))]
+        neck = f"{path.removesuffix('.body')}.neck"
+        last = "projections" if getattr(model.get_submodule(neck), "smoothing", None) is None else "smoothing"
+        return blocks + [Site(f"{neck}.{last}.{level}", IMAGE_AXES, part="decoder") for level in range(4)]
+    if path.endswith(".body"):
+        return [Site(name, IMAGE_AXES, part="encoder") for name in _convolutional_encoder_blocks(body, path)]
+    prefix = resolve_alias(model, f"{_SWIN}.embeddings").removesuffix(".embeddings")
+    embedding = Site(f"{prefix}.embeddings.norm", TOKENS, (4,), "encoder")
+    return [embedding] + [
+        Site(f"{prefix}.encoder.layers.{stage}.blocks.{block}", TOKENS, (4 * 2**stage,), "encoder")
+        for stage, depth in enumerate(model.config.backbone_config.depths)
+        for block in range(depth)
+    ]
 
 
 def _mask2former_sites(model: nn.Module) -> list[Site]:
     module = model.model
-    depths = module.config.backbone_config.depths
-    prefix = resolve_alias(model, f"{_SWIN}.embeddings").removesuffix(".embeddings")
-    embedding = Site(f"{prefix}.embeddings.norm", TOKENS, (4,), "encoder")
-    blocks = [
-        Site(f"{prefix}.encoder.layers.{stage}.blocks.{block}", TOKENS, (4 * 2**stage,), "encoder")
-        for stage, depth in enumerate(depths)
-        for block in range(depth)
-    ]
     pixel = [
         Site(f"{_PIXEL}.encoder.layers.{i}", TOKENS, PIXEL_STRIDES, "decoder")
         for i in range(len(module.pixel_level_module.decoder.encoder.layers))
@@ -175,7 +248,7 @@ def _mask2former_sites(model: nn.Module) -> list[Site]:
         for i in range(len(module.transformer_module.decoder.layers))
     ]
     embedder = Site(f"{_DECODER}.mask_predictor.mask_embedder.2", BATCH_QUERIES, part="decoder")
-    return [embedding, *blocks, *pixel, *maps, *layers, embedder]
+    return [*_mask2former_encoder_sites(model), *pixel, *maps, *layers, embedder]
 
 
 def _mask2former_axes(name: str) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:

@@ -6,6 +6,7 @@ conventions (title, caption, `synthetic`, no pyplot) hold here too.
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -45,10 +46,13 @@ def _pictures(images) -> np.ndarray:
 
 
 def _outline(ax: Axes, mask: np.ndarray, colour: str) -> None:
-    if mask.min() == mask.max():  # no border to draw
-        return
-    lines = ax.contour(np.pad(mask.astype(float), 1), levels=[0.5], colors=colour, linewidths=1.3)
-    lines.set_path_effects([withStroke(linewidth=2.4, foreground="black", alpha=0.6)])
+    for style, label in zip(itertools.cycle(["solid", "dashed", "dotted"]), np.unique(mask[(mask > 0) & (mask < 255)])):
+        inside = mask == label
+        if inside.all():  # no border to draw
+            continue
+        options = {"levels": [0.5], "colors": colour, "linewidths": 1.3, "linestyles": style}
+        lines = ax.contour(np.pad(inside.astype(float), 1), **options)
+        lines.set_path_effects([withStroke(linewidth=2.4, foreground="black", alpha=0.6)])
 
 
 def _note(ax: Axes, text: str) -> None:
@@ -69,7 +73,8 @@ def example_predictions(
 ) -> Figure:
     """One row an image: the image with the true outline, then each model's outline beside the true one.
 
-    images (k, 3, H, W) in [0, 1]; masks (k, 1, H, W) in {0, 1}; predictions: model -> bool (k, 1, H, W);
+    images (k, 3, H, W) in [0, 1]; masks (k, 1, H, W) in {0, 1} or of class indices; predictions: model -> bool or
+    class indices (k, 1, H, W); every class but the first is outlined, each in its own line style;
     scores: model -> k per-image IoU values, written into the pictures.
     """
     pictures, masks = _pictures(images), np.asarray(masks)

@@ -5,16 +5,21 @@ A room without files: it opens no image and writes nothing, so a study can check
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from class_metrics import ce_dice
 from loss_metrics import LOSSES
-from models import ModelSpec, lesion_logits, set_loss
+from models import ModelSpec, lesion_logits, pixel_logits, set_loss
 from optimization import check_optimization
 from sources import ImageSource
 from utils import InputError, closest
+
+OVERFIT_IOU = 0.95  # that a model must reach on the images it was trained on
+OBJECTIVES = ("auto", "set", "ce_dice", *LOSSES)
 
 
 @dataclass
@@ -22,15 +27,17 @@ class Recipe:
     """A model and how it is trained.
 
     Args:
-        model: unetpp or mask2former
-        preset: demo, smoke, isic2018, …; for unetpp any encoder of segmentation-models-pytorch, for mask2former
-            swin_tiny, or any Swin-based hub name
+        model: unetpp, mask2former, fcn, unet, fpn, deeplabv3plus, segformer, segformer_smp or upernet
+        preset: demo, smoke, isic2018, …; for models of segmentation-models-pytorch any of its encoders; for mask2former
+            swin_tiny, or any Swin-based hub name; for segformer any hub name
         weights: none, imagenet (the preset's pretrained ones), or a file
-        normalization: of the input: imagenet, half or none
+        normalization: of the input: imagenet, half, clip or none
         freeze: roles of modules that do not train: encoder
         answer: Mask2Former's lesion: semantic, or query:1 (the earlier study's)
-        options: overrides of the preset, e.g. {"encoder_name": "mobilenet_v2"}
-        loss: scaled_dice, dice_bce, set (Mask2Former's own); auto is set for mask2former and dice_bce for others
+        options: overrides of the preset, e.g. {"encoder_name": "mobilenet_v2"}; for mask2former also another encoder,
+            e.g. {"encoder": {"vit": "dinov2_s14", "neck": "taps"}} or {"encoder": {"cnn": "mobilenet_v2"}}
+        loss: scaled_dice, dice_bce (for a lesion), ce_dice (for several classes), set (Mask2Former's own); auto is set
+            for mask2former, else dice_bce or ce_dice
         epochs: passes over the training images
         batch_size: images a step, in each process
         learning_rate: the highest one, with a schedule
@@ -86,6 +93,8 @@ class TrainConfig(ImageSource, Recipe):
         mixed_precision: no, fp16 or bf16
         cache_features: whether a frozen encoder's answers are kept on disk (in ISIC_FEATURES, or beside the cached
             images) and read from there; only where images repeat: flips may be on, other augmentation may not
+        overfit: train and validate on the same so many training images, without augmentation, until the IoU reaches
+            0.95: a check that a model can learn at all; 0 is off
     """
 
     seed: int = 0
@@ -94,23 +103,33 @@ class TrainConfig(ImageSource, Recipe):
     workers: int = 0
     mixed_precision: str = "no"
     cache_features: bool = False
+    overfit: int = 0
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The recipe's model for as many classes as the images have."""
+        return dataclasses.replace(super().spec, classes=1 if self.num_classes == 2 else self.num_classes)
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Refuse a recipe that cannot run, before any image is read."""
-    if recipe.loss not in {"auto", "set", *LOSSES}:
-        raise InputError(f"unknown loss {recipe.loss!r}; closest: {closest(recipe.loss, ['set', *LOSSES])}")
+    if recipe.loss not in OBJECTIVES:
+        raise InputError(f"unknown loss {recipe.loss!r}; closest: {closest(recipe.loss, OBJECTIVES)}")
     check_optimization(recipe)
     for name in ("epochs", "batch_size"):
         if not getattr(recipe, name) > 0:
             raise InputError(f"{name} must be above 0, got {getattr(recipe, name)}")
+    if not getattr(recipe, "overfit", 0) >= 0:
+        raise InputError(f"overfit must be a number of images, or 0, got {recipe.overfit}")
     if not recipe.patience >= 0:
         raise InputError(f"patience must not be below 0, got {recipe.patience}")
 
 
 def is_finished(recipe: Recipe, validation_ious: Sequence[float]) -> bool:
-    """Whether all epochs are done, or none of the last `patience` improved on the best validation IoU."""
+    """Whether all epochs are done, none of the last `patience` improved on the best IoU, or an overfit check passed."""
     scores = list(validation_ious)
+    if getattr(recipe, "overfit", 0) and scores and max(scores) >= OVERFIT_IOU:
+        return True
     waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
     return len(scores) >= recipe.epochs or bool(recipe.patience and waited >= recipe.patience)
 
@@ -128,12 +147,19 @@ def check_cache_features(config: TrainConfig) -> None:
 
 def objective(recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """(model, images, masks) -> loss, by name."""
-    name = recipe.loss
+    name, several = recipe.loss, recipe.spec.classes > 1
     if name == "auto":
-        name = "set" if recipe.model == "mask2former" else "dice_bce"
+        name = "set" if recipe.model == "mask2former" else "ce_dice" if several else "dice_bce"
     if name == "set":
         if recipe.model != "mask2former":
-            raise InputError(f"loss 'set' needs a set of queries; {recipe.model} has none: use scaled_dice or dice_bce")
+            raise InputError(
+                f"loss 'set' needs a set of queries; {recipe.model} has none: use scaled_dice, dice_bce or ce_dice"
+            )
         return set_loss
+    if several != (name == "ce_dice"):
+        fit = "ce_dice or set" if several else f"{', '.join(LOSSES)} or set"
+        raise InputError(f"loss {name!r} does not fit {max(2, recipe.spec.classes)} classes; use {fit}")
+    if several:
+        return lambda model, images, masks: ce_dice(pixel_logits(model, images), masks)
     loss = LOSSES[name]
     return lambda model, images, masks: loss(lesion_logits(model, images), masks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -26,13 +27,14 @@ import visualization
 from allocation import keep_freed_memory
 from averaging import AveragedWeights
 from checkpoints import full_disk_as_a_sentence, load_state, only_trainer, save_state, saved_extra
+from class_metrics import ce_dice
 from dataset import SegmentationDataset, make_loader
 from frozen_features import cache_features
 from images import cache_folder
-from inference import predict
-from loss_metrics import dice_bce, image_metrics
+from inference import image_scores, predict
+from loss_metrics import dice_bce
 from model_sites import encoder_of
-from models import TITLES, build_model, save_model
+from models import TITLES, build_model, check_batches, check_image_size, save_model
 from optimization import make_optimizer, make_schedule
 from processes import (
     close_connections,
@@ -44,8 +46,8 @@ from processes import (
     share_of,
     start_the_others,
 )
+from recipes import OVERFIT_IOU, TrainConfig, check_cache_features, check_recipe, is_finished, objective
 from recipes import Recipe as Recipe  # studies and notebooks ask for it here
-from recipes import TrainConfig, check_cache_features, check_recipe, is_finished, objective
 from sources import open_datasets
 from utils import (
     InputError,
@@ -96,9 +98,21 @@ def prepare(config: TrainConfig, datasets: dict[str, SegmentationDataset] | None
     if "encoder" in config.freeze and config.weights == "none":
         accelerator.print("note: the encoder is frozen at its random weights (weights: none); nothing in it is trained")
     model = main_first(accelerator, lambda: build_model(config.spec, config.seed))
-    needed = ("train", "validation")
-    datasets = datasets or main_first(accelerator, lambda: open_datasets(config, seed=config.seed, needed=needed))
+    check_image_size(model, config.image_size, config.image_size)
+    datasets = datasets or main_first(accelerator, lambda: _open(config))
+    check_batches(model, len(datasets["train"]), config.batch_size)
     return _Run(config, model, datasets, accelerator, loss)
+
+
+def _open(config: TrainConfig) -> dict[str, SegmentationDataset]:
+    """Training and validation images; for an overfit check the same few, as they are, for both."""
+    if not config.overfit:
+        return open_datasets(config, seed=config.seed, needed=("train", "validation"))
+    few = dataclasses.replace(config, limits=config.limits | {"train": config.overfit}, fraction=1.0)
+    pairs = open_datasets(few, seed=config.seed, needed=("train",))["train"].pairs
+    datasets = {name: SegmentationDataset(pairs, config.transform.unaugmented) for name in ("train", "validation")}
+    datasets["train"].repeats = config.repeats
+    return datasets
 
 
 def in_fast_layout(model: nn.Module, device: torch.device) -> nn.Module:
@@ -136,7 +150,7 @@ class _Run:
         """A frozen encoder answers from files; that of the averaged weights is the same one."""
         config, place = self.config, self.accelerator.process_index
         views = 8 if config.flips else 1
-        rows = views * len(self.datasets["train"]) + len(self.datasets["validation"])
+        rows = views * len(self.datasets["train"].ids) + len(self.datasets["validation"])
         cache_features(self.plain, features_folder(), rows, place)
         if self.average is not None:
             encoder_of(self.average.module).forward = encoder_of(self.plain).forward
@@ -226,9 +240,10 @@ class _Run:
         rows = []
         for batch in progress(self.validation, desc="validating", unit="batch"):
             logits = predict(self.kept, batch.image)
-            ious = image_metrics(logits > 0, batch.mask > 0.5)["iou"].tolist()
+            ious = image_scores(logits, batch.mask.cpu())["iou"].tolist()
             # one validation loss for every model, whatever it trains on, so that their curves can be compared
-            losses = [float(dice_bce(*pair)) for pair in zip(logits.split(1), batch.mask.cpu().split(1))]
+            loss = dice_bce if logits.shape[1] == 1 else ce_dice
+            losses = [float(loss(*pair)) for pair in zip(logits.split(1), batch.mask.cpu().split(1))]
             rows += zip(batch.id, losses, ious)
         table = pd.DataFrame(sorted(gather_rows(rows)), columns=["id", "validation_loss", "validation_iou"])
         return {name: float(table[name].mean()) for name in ("validation_loss", "validation_iou")}
@@ -299,7 +314,7 @@ class _Run:
     def _label(self, row: dict) -> dict:
         """What a checkpoint of this epoch says of itself."""
         return {
-            "transform": dataclasses.asdict(self.config.transform),
+            "transform": json.loads(json.dumps(dataclasses.asdict(self.config.transform))),  # as it is read back
             "data": "synthetic" if self.config.is_synthetic else "folder",
             "seed": self.config.seed,
             "epoch": row["epoch"],
@@ -316,7 +331,7 @@ class _Run:
         curves = visualization.training_curves(
             history.assign(model=TITLES[self.config.model], seed=self.config.seed),
             caption="{train} training images, {validation} validation images.".format(
-                **{name: len(data) for name, data in self.datasets.items()}
+                **{name: len(data.ids) for name, data in self.datasets.items()}
             ),
             synthetic=self.config.is_synthetic,
         )
@@ -357,6 +372,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"best epoch {int(best['epoch'])}: validation IoU {best['validation_iou']:.4f}; {memory}; "
             f"checkpoints in {folder}"
         )
+        if config.overfit and best["validation_iou"] < OVERFIT_IOU:
+            raise InputError(
+                f"the overfit check failed: IoU {best['validation_iou']:.3f} on its own {config.overfit} training "
+                f"images, below {OVERFIT_IOU}; try more epochs or another learning rate, else it cannot learn the task"
+            )
     close_connections()
 
 

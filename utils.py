@@ -43,6 +43,8 @@ RECORDED_PACKAGES = (
 )
 # Settings that say where and how fast a run goes, not what it computes.
 UNCOMPARED_SETTINGS = ("out", "device", "workers")
+# Settings of a grid that say which of its cells are run, how and where: what a cell is, its own folder remembers.
+UNCOMPARED_SETTINGS += ("axes", "skip", "launcher", "jobs", "launcher_options", "retry", "dry_run")
 # Settings that are newer than some results, with the value that means what was done before there were any: a run that
 # lacks one may be continued with this value.
 LATER_SETTINGS = {
@@ -57,6 +59,13 @@ LATER_SETTINGS = {
     "scale": 0.0,
     "colour": 0.0,
     "hair": 0.0,
+    "layout": "auto",
+    "classes": [],
+    "mask_values": [],
+    "fraction": 1.0,
+    "fraction_seed": 0,
+    "repeats": 1,
+    "overfit": 0,
 }
 # What a killed process leaves beside its results: its lock, and a file that it was writing (see `atomic_path`).
 LEFTOVER = re.compile(

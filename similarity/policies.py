@@ -78,6 +78,8 @@ def row_shape(site: Site, policy: str, image_size: tuple[int, int]) -> tuple[int
     kind, cells = parse_policy(policy)
     sizes = dict(zip((axis for axis in site.axes if axis != "batch"), site.shape))
     channels = sizes.pop("channel")
+    if site.prefix:
+        sizes["token"] -= site.prefix
     if kind in _AVERAGES:
         return (channels,)
     if kind == "tokens":
@@ -125,6 +127,14 @@ def reduce(
     return grid if kind == "grid" else grid.flatten(1)
 
 
+def without_prefix(tensor: Tensor, site: Site) -> Tensor:
+    """The tokens that have a place: class and register tokens in front of them are left out."""
+    if not site.prefix:
+        return tensor
+    axis = site.axes.index("token")
+    return tensor.narrow(axis, site.prefix, tensor.shape[axis] - site.prefix)
+
+
 def query_rows(tensor: Tensor, site: Site) -> Tensor:
     """(batch, query, channel), the mean over any position beside the queries; in at least float32."""
     places = [i for i, axis in enumerate(site.axes) if axis not in ("batch", "query", "channel")]
@@ -146,6 +156,7 @@ def weigh(rows: Tensor, weights: Tensor, site: Site) -> Tensor:
 def _average(tensor: Tensor, site: Site) -> Tensor:
     """(batch, channel), the mean over every other axis, without a copy of the activation in another order."""
     places = [i for i, axis in enumerate(site.axes) if axis not in ("batch", "channel")]
+    tensor = without_prefix(tensor, site)
     if places:
         precise = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
         tensor = tensor.mean(places, dtype=precise)
@@ -160,6 +171,7 @@ def _precise(tensor: Tensor) -> Tensor:
 
 def _positions(tensor: Tensor, site: Site) -> Tensor:
     """(batch, position, channel): every axis that is neither batch nor channel is a position."""
+    tensor = without_prefix(tensor, site)
     places = [i for i, axis in enumerate(site.axes) if axis not in ("batch", "channel")]
     tensor = tensor.permute(site.axes.index("batch"), *places, site.axes.index("channel"))
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])

@@ -60,6 +60,7 @@ class Site:
         concatenated along the token axis (spatial policies then use the finest). Empty: the tokens have no place.
     part : a label for grouping ("encoder", "decoder"), free to choose
     shape : the shape seen when the site was listed, with the batch axis first taken out; () before that
+    prefix : so many tokens in front stand for no place of the image (class and register tokens); policies drop them
     """
 
     name: str
@@ -67,6 +68,7 @@ class Site:
     strides: tuple[int, ...] = ()
     part: str = ""
     shape: tuple[int, ...] = ()
+    prefix: int = 0
 
     def __post_init__(self):
         for key in ("axes", "strides", "shape"):
@@ -77,6 +79,10 @@ class Site:
             raise ValueError(
                 f"site {self.name!r}: axes {self.axes} must be distinct, hold 'batch' and 'channel', "
                 f"and come from {', '.join(AXES)}"
+            )
+        if self.prefix and "token" not in self.axes:
+            raise ValueError(
+                f"site {self.name!r}: {self.prefix} prefix tokens need an axis 'token'; it has {self.axes}"
             )
         parse(self.name)
 

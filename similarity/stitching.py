@@ -61,6 +61,11 @@ class Stitch(nn.Module):
         self.__dict__.update(giver=giver, receiver=receiver)  # past nn.Module's books: neither is a part of this one
         self.site_a, _ = _locate(giver, site_a, images)
         self.site_b, self.calls = _locate(receiver, site_b, images)
+        if self.site_b.prefix:
+            raise ValueError(
+                f"site {self.site_b.name!r} has {self.site_b.prefix} class or register tokens that no map can stand in "
+                "for, and B's own would carry its answer past the stitch; stitch at a map behind it"
+            )
         channels = [row_shape(site, "gap", ())[0] for site in (self.site_a, self.site_b)]
         own = next((p for p in receiver.parameters() if p.is_floating_point()), images)
         self.transform = nn.utils.skip_init(nn.Conv2d, *channels, 1, device=own.device, dtype=own.dtype)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import model_sites
+from answers import maps_of
 from models import (
     NORMALIZATIONS,
     ModelSpec,
@@ -204,21 +205,15 @@ def test_the_sign_of_lesion_logits_is_the_librarys_own_semantic_map(images, mask
 
 
 def _at_mask_resolution(model, images):
-    from models import _semantic_log_odds
-
-    return _semantic_log_odds(model(images))
+    return maps_of(model.spec, model(images))
 
 
 def test_extreme_logits_stay_finite(mask2former):
-    from types import SimpleNamespace
-
-    from models import _semantic_log_odds
-
-    output = SimpleNamespace(
-        class_queries_logits=torch.tensor([[[-300.0, 300.0, 0.0]]]),
-        masks_queries_logits=torch.full((1, 1, 2, 2), -500.0),
-    )
-    torch.testing.assert_close(_semantic_log_odds(output), torch.full((1, 1, 2, 2), 600.0))
+    output = {
+        "class_queries_logits": torch.tensor([[[-300.0, 300.0, 0.0]]]),
+        "masks_queries_logits": torch.full((1, 1, 2, 2), -500.0),
+    }
+    torch.testing.assert_close(maps_of(mask2former.spec, output), torch.full((1, 1, 2, 2), 600.0))
 
 
 def test_one_query_can_be_the_answer(images):
@@ -283,7 +278,7 @@ def test_empty_and_full_masks_have_a_finite_set_loss(chosen):
 
 
 def test_set_loss_needs_queries(unetpp, images):
-    with pytest.raises(InputError, match="use scaled_dice or dice_bce"):
+    with pytest.raises(InputError, match="use scaled_dice, dice_bce or ce_dice"):
         set_loss(unetpp, images, torch.zeros(2, 1, 64, 64))
 
 
@@ -633,7 +628,7 @@ def test_the_isic2018_presets_need_no_network_without_weights():
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (ModelSpec("unet", "demo"), "unknown model 'unet'; closest: 'unetpp'"),
+        (ModelSpec("unetppp", "demo"), "unknown model 'unetppp'; closest: 'unetpp'"),
         (ModelSpec("unetpp", "demoo"), "closest: 'demo'"),
         (ModelSpec("unetpp", "resnet35"), "'resnet34'"),
         (ModelSpec("unetpp", "demo", options={"encoder_name": "resnet35"}), "unknown encoder 'resnet35'.*'resnet34'"),

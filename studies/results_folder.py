@@ -15,7 +15,7 @@ from utils import InputError, open_run, write_text
 
 def open_results(config, datasets: Mapping[str, SegmentationDataset], device: torch.device) -> Path:
     """Create or continue the folder `config.out` with data.json; other settings or other images are refused."""
-    hashes = {name: {"images": len(data), "hash": data.fingerprint} for name, data in datasets.items()}
+    hashes = {name: {"images": len(data.ids), "hash": data.fingerprint} for name, data in datasets.items()}
     known = Path(config.out) / "data.json"
     # the synthetic set may differ in its last bits between versions of OpenCV; each stage checks its own hash
     if not config.is_synthetic and known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:

@@ -75,7 +75,7 @@ def run(config: SegmentationConfig) -> Path:
         train_one(name, seed, job, datasets[name])
     metrics = pd.concat([score_variant(config, name, datasets) for name in (RECIPE, *config.variants)])
     write_table(metrics, folder / "per_image.csv")
-    counts = {split: len(data) for split, data in datasets[RECIPE].items()}
+    counts = {split: len(data.ids) for split, data in datasets[RECIPE].items()}
     report(config, folder, metrics, counts, {key: Path(job.out) for key, job in jobs.items()})
     return folder
 

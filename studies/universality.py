@@ -34,6 +34,7 @@ from studies.controls import with_lesion
 from studies.results_folder import open_results
 from studies.ruler import ESTIMATORS, HEADLINE, NEIGHBOURS
 from studies.stitched import matched_sites
+from studies.timing import time_a_step
 from train import Recipe, TrainConfig, check_recipe, is_finished, objective, train
 from utils import (
     InputError,
@@ -276,13 +277,13 @@ def analyse(config: UniversalityConfig, recordings: dict, datasets: dict, folder
 
 def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset]) -> str:
     """One sentence: how long the trainings will take here, from timed steps of both models on this machine."""
-    sizes = {name: len(data) for name, data in datasets.items()}
+    sizes = {name: len(data.ids) for name, data in datasets.items()}
     todo, seconds = 0, 15.0  # figures and start, whatever the number of images
     for recipe in config.models:
         remaining = [seed for seed in config.seeds if not _finished(config, recipe, seed)]
         todo += len(remaining)
         if remaining:
-            step, forward = _time_a_step(recipe, datasets["train"], config.device)
+            step, forward = time_a_step(recipe, datasets["train"], config.device)
             images = sizes["train"] * recipe.epochs
             scored = sizes["validation"] * recipe.epochs + 3 * sizes["test"]
             seconds += len(remaining) * (images * step + scored * forward)
@@ -302,23 +303,6 @@ def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset
 def _finished(config: UniversalityConfig, recipe: Recipe, seed: int) -> bool:
     history = Path(config.out) / "models" / Member(recipe, seed).name / "history.csv"
     return history.exists() and is_finished(recipe, pd.read_csv(history)["validation_iou"])
-
-
-def _time_a_step(recipe: Recipe, data: SegmentationDataset, device_name: str) -> tuple[float, float]:
-    """(training, scoring) seconds an image: the second of two steps, the first being warm-up."""
-    device = resolve_device(device_name)
-    model = build_model(recipe.spec).to(device).train()
-    loss = objective(recipe)
-    samples = [data[i % len(data)] for i in range(recipe.batch_size)]
-    images, masks = (torch.stack([getattr(s, key) for s in samples]).to(device) for key in ("image", "mask"))
-    for _ in range(2):
-        started = time.perf_counter()
-        value = loss(model, images, masks)
-        forward = time.perf_counter() - started
-        value.backward()
-        float(value.detach())  # waits for the device
-        step = time.perf_counter() - started
-    return step / len(samples), forward / len(samples)
 
 
 # ------------------------------------------------------------------------------------------------------- the stages

@@ -1,0 +1,207 @@
+"""The page of a grid study: its tables in words, with the figures that every grid has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import grid_figures
+import visualization
+from class_metrics import confusion_table, from_confusion
+from studies import grid_tables
+from studies.cells import Cell
+from utils import git_commit, markdown_table, write_table, write_text
+
+INTERVAL = "intervals: 95 %, bootstrap over seeds and images"
+
+
+def share_words(fraction: float) -> str:
+    """0.05 -> '5 %'."""
+    return f"{100 * fraction:g} %"
+
+
+def ranged(mean: float, low: float, high: float, digits: int = 3) -> str:
+    """'0.812 (0.801 … 0.823)'."""
+    return f"{mean:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
+
+
+def caption(config, tables: dict[str, pd.DataFrame], text: str = "") -> str:
+    """What all figures of the study say of their numbers."""
+    scores = tables["scores"].query("images == 'test'")
+    seeds = sorted(scores["seeds"].unique())
+    some = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return f"{scores['n'].iloc[0]} test images at {config.image_size} px, {some} seeds; {INTERVAL}. {text}".strip()
+
+
+def figures(config, cells: list[Cell], folder: Path, tables: dict[str, pd.DataFrame]) -> list[str]:
+    """Draw what the tables allow; the names of the files that were written."""
+    scores = tables["scores"].query("images == 'test'").rename(columns={"seeds": "n_seeds"})
+    full = scores[scores["fraction"] == scores["fraction"].max()]
+    about = {"caption": caption(config, tables), "synthetic": config.is_synthetic}
+    made = {}
+    if scores["fraction"].nunique() > 1:
+        made["data_curve"] = grid_figures.data_curve(scores, **about)
+    known = full.merge(tables["costs"], on="label")
+    made["costs"] = grid_figures.cost_scatter(known, **about)
+    last = tables["history"].query("fraction == fraction.max()")
+    made["loss_curves"] = grid_figures.loss_curves(last, **(about | {"caption": f"{last['seed'].nunique()} seeds."}))
+    best = full.sort_values("iou")["label"].iloc[-1]
+    matrix = pooled(cells, folder, best)
+    text = f"{best}, the best of these: pixels of {full['n'].iloc[0]} test images and all seeds together."
+    names = list(config.class_names)
+    made["confusion"] = grid_figures.confusion_matrix(matrix, names, **(about | {"caption": text}))
+    for name, figure in made.items():
+        visualization.save(figure, folder / f"{name}.png")
+    return list(made)
+
+
+def pooled(cells: Iterable[Cell], folder: Path, label: str) -> np.ndarray:
+    """(C, C) pixels of all seeds and test images of a label at the largest share of the data."""
+    groups = grid_tables.by_group(cells)
+    share = max(fraction for known, fraction in groups if known == label)
+    return grid_tables.pooled_confusions(groups[label, share], folder / "cells").sum(0)
+
+
+def confusions(config, cells: list[Cell], folder: Path) -> pd.DataFrame:
+    """Per label and class: IoU, recall, precision, true pixels; also written as classes.csv and confusion.csv."""
+    rows, matrices = [], []
+    for label in dict.fromkeys(map(grid_tables.label_of, cells)):
+        matrix = pooled(cells, folder, label)
+        rows.append(from_confusion(matrix, config.class_names).assign(label=label))
+        matrices.append(confusion_table(["all"], matrix[None]).drop(columns="id").assign(label=label))
+    table = pd.concat(rows, ignore_index=True)
+    write_table(pd.concat(matrices, ignore_index=True), folder / "confusion.csv")
+    write_table(table, folder / "classes.csv")
+    return table
+
+
+def write_page(
+    config,
+    question: str,
+    overview: pd.DataFrame,
+    cells: list[Cell],
+    weights: set[str],
+    tables: dict[str, pd.DataFrame],
+    folder: Path,
+    more: str,
+) -> None:
+    """summary.md of a grid study, with `more` of the study's own before the scores.
+
+    overview : of all cells; cells : the finished ones; weights : what their encoders started from
+    """
+    drawn = figures(config, cells, folder, tables)
+    classes = confusions(config, cells, folder)
+    start = " All networks start from random weights." if weights == {"none"} else ""
+    data = "**Synthetic images** (embedded set)" if config.is_synthetic else f"Images of `{Path(config.data).name}`"
+    done, whole = (overview["state"] == "finished").sum(), len(overview)
+    notes = "" if done == whole else f"\n{whole - done} of {whole} cells are not finished:\n{unfinished(overview)}"
+    pictures = "\n".join(f"![{name.replace('_', ' ')}]({name}.png)\n" for name in drawn)
+    write_text(
+        folder / "summary.md",
+        f"""# {question}
+
+{data} at {config.image_size} px; {done} trainings.{start}
+{notes}
+{more}
+## Scores
+{score_words(tables["scores"])}
+IoU: mean over images of each image's own (of several classes, over those that it has) and over seeds; {INTERVAL}. mIoU
+and class accuracy: of pixels pooled over images, means over the classes {", ".join(config.class_names)}.
+{pictures}
+## Classes
+{class_words(classes)}
+## Differences
+{paired_words(tables["paired"])}
+On the same seeds and test images at the same share of the data; q: Wilcoxon's signed-rank test over images,
+Benjamini-Hochberg over the table (of these networks: other seeds could differ more, which the intervals include).
+
+## Costs
+{cost_words(tables["costs"])}
+FLOPs of one image by PyTorch's counter (multiplications and additions both count; what it does not know counts 0);
+medians of warm passes; memory: peak of 16 images. {tables["costs"]["device"].iloc[0]},
+{tables["costs"]["threads"].iloc[0]} thread(s).
+
+## Learning
+{learning_words(tables["runs"], config.target)}
+All numbers: `runs.csv` (a row a training), `scores.csv`, `paired.csv`, `costs.csv`, `history.csv`, `confusion.csv`,
+`classes.csv`; settings in `config.yaml`, versions and machine in `environment.json`, hashes of the images in
+`data.json`. Commit {git_commit()}.
+""",
+    )
+    print(score_words(tables["scores"]))
+
+
+def unfinished(overview: pd.DataFrame) -> str:
+    """The cells that are not there, with what became of them."""
+    rows = overview[overview["state"] != "finished"].itertuples()
+    return "".join(f"- {row.name}: {row.state} {row.error.splitlines()[0] if row.error else ''}\n" for row in rows)
+
+
+def score_words(scores: pd.DataFrame) -> str:
+    """Test, training and transfer scores, a row a label and share of the data."""
+    sets = list(dict.fromkeys(scores["images"]))
+    rows = []
+    for (label, fraction), group in scores.groupby(["label", "fraction"], sort=False):
+        by_set = group.set_index("images")
+        test = by_set.loc["test"]
+        row = [label, share_words(fraction), test["seeds"], ranged(test["iou"], test["low"], test["high"])]
+        row += [ranged(test["miou"], test["miou_low"], test["miou_high"]), f"{test['class_accuracy']:.3f}"]
+        row += ["–" if np.isnan(test["seed_sd"]) else f"{test['seed_sd']:.3f}"]
+        rows.append([*row, *(f"{by_set.loc[name, 'iou']:.3f}" for name in sets if name != "test")])
+    header = ["network", "data", "seeds", "test IoU (95 %)", "mIoU (95 %)", "class accuracy", "sd over seeds"]
+    return markdown_table([*header, *(f"{name} IoU" for name in sets if name != "test")], rows)
+
+
+def class_words(classes: pd.DataFrame) -> str:
+    """A row a label and class."""
+    rows = [
+        (r.label, r._asdict()["_1"], f"{r.iou:.3f}", f"{r.accuracy:.3f}", f"{r.precision:.3f}")
+        for r in classes[["class", "iou", "accuracy", "precision", "label"]].itertuples()
+    ]
+    return markdown_table(["network", "class", "IoU", "accuracy (recall)", "precision"], rows)
+
+
+def signed(row) -> str:
+    """'+0.012 (-0.003 … +0.020)'."""
+    return f"{row.difference:+.3f} ({row.low:+.3f} … {row.high:+.3f})"
+
+
+def paired_words(paired: pd.DataFrame, most: int = 40) -> str:
+    """A row a pair; the largest differences where there are many."""
+    shown = paired.reindex(paired["difference"].abs().sort_values(ascending=False).index).head(most)
+    rows = [(r.label_a, r.label_b, share_words(r.fraction), signed(r), f"{r.q_value:.2g}") for r in shown.itertuples()]
+    text = markdown_table(["A", "B", "data", "IoU of A − B (95 %)", "q"], rows)
+    return text if len(paired) <= most else f"{text}\nThe {most} largest of {len(paired)}; all are in `paired.csv`.\n"
+
+
+def cost_words(costs: pd.DataFrame) -> str:
+    """A row a label."""
+    rows = [
+        (
+            r.label,
+            f"{r.parameters / 1e6:.2f} M",
+            f"{r.gflops:.2f}",
+            f"{r.latency_ms_1:.1f}",
+            f"{r.latency_ms_16:.1f}",
+            f"{r.memory_mb:.0f}",
+        )
+        for r in costs.itertuples()
+    ]
+    header = ["network", "parameters", "GFLOPs", "ms an image, alone", "in a batch of 16", "memory, MB"]
+    return markdown_table(header, rows)
+
+
+def learning_words(runs: pd.DataFrame, target: float) -> str:
+    """Epochs to the target and minutes of training, a row a label and share of the data."""
+    rows = []
+    for (label, fraction), group in runs.groupby(["label", "fraction"], sort=False):
+        reached = group["epochs_to_target"].dropna()
+        epochs = f"{reached.min():.0f} to {reached.max():.0f}" if len(reached) else "–"
+        minutes = group["seconds"].mean() / 60
+        row = [label, share_words(fraction), f"{len(reached)} of {len(group)}", epochs, group["epochs"].max()]
+        rows.append([*row, f"{minutes:.1f}"])
+    header = ["network", "data", f"seeds that reach {target:g}", "after epochs", "of epochs", "minutes a training"]
+    return markdown_table(header, rows)

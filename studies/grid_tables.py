@@ -1,0 +1,181 @@
+"""The numbers of a grid: from its finished cells' files to tables of scores, differences, costs and learning curves.
+
+A group is all cells that differ in their seed alone. Scores are given with intervals over seeds and images, differences
+between groups on the same seeds and images. Nothing is trained or scored here but the costs, which are measured once a
+group, one after another, so that nothing else of ours runs beside the clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control, wilcoxon
+
+from class_metrics import confusions_of, mean_class_accuracy, mean_iou, pooled_interval
+from costs import measure
+from studies.cells import Cell, text_of
+from studies.grid import FINISHED
+from studies.segmentation import mean_with_interval
+from utils import progress, write_text
+
+SEED, FRACTION = "seed", "fraction"
+Group = tuple[str, float]  # (label, fraction of the training images)
+
+
+def label_of(cell: Cell) -> str:
+    """What a cell's network is, apart from its seed and the share of the images: its other labels, joined."""
+    return " · ".join(text_of(value) for axis, value in cell.labels.items() if axis not in (SEED, FRACTION)) or "run"
+
+
+def group_of(cell: Cell) -> Group:
+    return label_of(cell), float(cell.changes.get(FRACTION, 1.0))
+
+
+def finished(cells: Iterable[Cell], folder: Path) -> list[Cell]:
+    """The cells whose files are whole."""
+    return [cell for cell in cells if (folder / cell.name / FINISHED).exists()]
+
+
+def by_group(cells: Iterable[Cell]) -> dict[Group, list[Cell]]:
+    """{(label, fraction): its cells}, in the grid's order."""
+    groups: dict[Group, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(group_of(cell), []).append(cell)
+    return groups
+
+
+def run_table(cells: Sequence[Cell], folder: Path, target: float) -> pd.DataFrame:
+    """One row a cell: label, fraction, seed, its scores on each of its image sets, and how its training went.
+
+    epochs_to_target: the first epoch with a validation IoU of `target`, NaN where none has; seconds: of the training.
+    """
+    rows = []
+    for cell in cells:
+        own = folder / cell.name
+        history = pd.read_csv(own / "run" / "history.csv")
+        label, fraction = group_of(cell)
+        row = {"label": label, "fraction": fraction, "seed": int(cell.changes.get(SEED, 0))}
+        for name in image_sets_of(own):
+            row |= {f"{name}_iou": pd.read_csv(own / f"{name}.csv")["iou"].mean()}
+            _, matrices = confusions_of(pd.read_csv(own / f"{name}-confusion.csv"))
+            row |= {f"{name}_miou": mean_iou(matrices.sum(0))}
+            row |= {f"{name}_class_accuracy": mean_class_accuracy(matrices.sum(0))}
+        reached = history.loc[history["validation_iou"] >= target, "epoch"]
+        row |= {"validation_iou": history["validation_iou"].max(), "epochs": len(history)}
+        row |= {"epochs_to_target": reached.min() if len(reached) else np.nan, "seconds": history["seconds"].sum()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def image_sets_of(cell_folder: Path) -> list[str]:
+    """Names of the image sets that a cell was scored on: test first, then by name."""
+    names = {path.name.removesuffix("-confusion.csv") for path in cell_folder.glob("*-confusion.csv")}
+    return sorted(names, key=lambda name: (name != "test", name))
+
+
+def image_scores(cells: Sequence[Cell], folder: Path, images: str = "test", metric: str = "iou") -> pd.DataFrame:
+    """Per-image values of one group: a row a seed, a column an image."""
+    columns = {}
+    for cell in cells:
+        table = pd.read_csv(folder / cell.name / f"{images}.csv", dtype={"id": str})
+        columns[int(cell.changes.get(SEED, 0))] = table.set_index("id")[metric]
+    return pd.DataFrame(columns).T.sort_index()
+
+
+def pooled_confusions(cells: Sequence[Cell], folder: Path, images: str = "test") -> np.ndarray:
+    """(images, C, C) pixels of one group, summed over its seeds."""
+    totals: dict[str, np.ndarray] = {}
+    for cell in cells:
+        ids, matrices = confusions_of(pd.read_csv(folder / cell.name / f"{images}-confusion.csv", dtype={"id": str}))
+        for id_, matrix in zip(ids, matrices):
+            totals[id_] = totals[id_] + matrix if id_ in totals else matrix
+    return np.stack([totals[id_] for id_ in sorted(totals)])
+
+
+def score_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.DataFrame:
+    """One row a group and image set: iou (mean over images of per-image values, and seeds) with low and high.
+
+    Intervals of iou draw seeds and images anew (bootstrap, 95 %). miou and class_accuracy are of pixels pooled over
+    images and seeds, their intervals over images alone. seed_sd is the standard deviation of the seeds' mean IoU.
+    """
+    rows = []
+    for (label, fraction), cells in groups.items():
+        for images in image_sets_of(folder / cells[0].name):
+            values = image_scores(cells, folder, images)
+            mean, low, high = mean_with_interval(values.to_numpy())
+            row = {"label": label, "fraction": fraction, "images": images, "seeds": len(values), "n": values.shape[1]}
+            row |= {"iou": mean, "low": low, "high": high}
+            row["seed_sd"] = values.mean(axis=1).std(ddof=1) if len(values) > 1 else np.nan
+            matrices = pooled_confusions(cells, folder, images)
+            for name, statistic in (("miou", mean_iou), ("class_accuracy", mean_class_accuracy)):
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), pooled_interval(matrices, statistic, seed=0)))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def paired_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.DataFrame:
+    """Every two labels at one fraction: the difference of their IoU on the same seeds and test images.
+
+    low, high: bootstrap over seeds and images, 95 %. p_value: Wilcoxon's signed-rank test over images of the mean over
+    seeds (two-sided; of these networks, seeds are not drawn anew); q_value: Benjamini-Hochberg over the whole table.
+    """
+    rows = []
+    for (a, b), fraction in itertools.product(
+        itertools.combinations(dict.fromkeys(label for label, _ in groups), 2),
+        dict.fromkeys(fraction for _, fraction in groups),
+    ):
+        if (a, fraction) not in groups or (b, fraction) not in groups:
+            continue
+        one, other = (image_scores(groups[label, fraction], folder) for label in (a, b))
+        seeds = [seed for seed in one.index if seed in other.index]
+        if not seeds:
+            continue
+        difference = (one.loc[seeds] - other.loc[seeds, one.columns]).to_numpy()
+        mean, low, high = mean_with_interval(difference)
+        row = {"label_a": a, "label_b": b, "fraction": fraction, "seeds": len(seeds), "n": difference.shape[1]}
+        test = wilcoxon(np.nanmean(difference, axis=0), nan_policy="omit")
+        rows.append(row | {"difference": mean, "low": low, "high": high, "p_value": float(test.pvalue)})
+    table = pd.DataFrame(rows, columns=[*PAIRED_COLUMNS])
+    known = table["p_value"].notna()
+    table["q_value"] = np.nan
+    if known.any():
+        table.loc[known, "q_value"] = false_discovery_control(table.loc[known, "p_value"])
+    return table
+
+
+PAIRED_COLUMNS = ("label_a", "label_b", "fraction", "seeds", "n", "difference", "low", "high", "p_value")
+
+
+def histories(cells: Sequence[Cell], folder: Path) -> pd.DataFrame:
+    """Learning curves of all cells: label, fraction, seed and the columns of history.csv."""
+    tables = []
+    for cell in cells:
+        label, fraction = group_of(cell)
+        known = {"label": label, "fraction": fraction, "seed": int(cell.changes.get(SEED, 0))}
+        tables.append(pd.read_csv(folder / cell.name / "run" / "history.csv").assign(**known))
+    return pd.concat(tables, ignore_index=True)
+
+
+def cost_table(
+    groups: Mapping[Group, Sequence[Cell]], folder: Path, sizes: Mapping[str, int], device: str
+) -> pd.DataFrame:
+    """One row a label: `costs.measure` of the network of its first cell; measured once and kept beside that cell.
+
+    sizes : cell's name -> side of its images, pixels
+    """
+    first: dict[str, Cell] = {}
+    for (label, _), cells in groups.items():
+        first.setdefault(label, cells[0])
+    rows = []
+    for label, cell in progress(first.items(), desc="costs", unit="model"):
+        path = folder / cell.name / f"costs-{device}.json"
+        if not path.exists():
+            found = measure(folder / cell.name / "run" / "best", sizes[cell.name], device)
+            write_text(path, json.dumps(found, indent=1) + "\n")
+        rows.append({"label": label} | json.loads(path.read_text(encoding="utf-8")))
+    return pd.DataFrame(rows)

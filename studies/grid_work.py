@@ -1,0 +1,98 @@
+"""What one cell of a grid computes: a training, then its network's scores on every image set that is asked for.
+
+Files of a cell's folder: `run/` (the training), and for each image set NAME.csv (one row an image) and
+NAME-confusion.csv (pixels by true and predicted class, an image at a time). Which cells there are, and what the scores
+of all of them say, is the business of `grid_study` and `grid_tables`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from torch import nn
+
+from class_metrics import confusion_table, image_confusions
+from dataset import SegmentationDataset, cap, make_loader
+from inference import image_scores, predict
+from models import decided, encoder_name, load_model
+from recipes import TrainConfig
+from sources import CHOICE_OF_IMAGES, ImageSource, open_datasets
+from studies.cells import Cell, merged
+from train import train
+from utils import InputError, progress, resolve_device, write_table
+
+TRAINED_ON = "train"  # the image set that a network is scored on beside the others, without augmentation
+
+
+def job_of(config, cell: Cell, folder: Path) -> TrainConfig:
+    """The training of a cell: the study's settings with the cell's changes.
+
+    A cell on a fraction draws it by its own seed, and with `same_steps` sees its images so much oftener. Where it asks
+    for ImageNet weights and `pretrained` has a file of them, the file is taken.
+    """
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    job = TrainConfig(**merged({name: getattr(config, name) for name in names}, cell.changes))
+    if job.fraction < 1:
+        job.fraction_seed = job.seed
+        if config.same_steps:
+            job.repeats = max(1, round(1 / job.fraction))
+    if job.weights == "imagenet":
+        for key, value in config.pretrained.get(encoder_name(job.spec), {}).items():
+            setattr(job, key, value)
+    job.out = str(folder / "run")
+    return job
+
+
+def work(cell: Cell, folder: Path, config) -> None:
+    """Train the cell's network and score it; what is already there is not computed again."""
+    job = job_of(config, cell, folder)
+    run = train(job)
+    if job.overfit:
+        return
+    model, _ = load_model(run / "best")
+    model.to(resolve_device(job.device))
+    for name, images in image_sets(job, config.transfer, config.scored_train).items():
+        score_into(folder, name, model, images, job.batch_size)
+
+
+def image_sets(job: TrainConfig, transfer: Mapping[str, Mapping], most: int) -> dict[str, SegmentationDataset]:
+    """{name: images as they are}: the training's test images, some of those it was trained on, and other data sets'."""
+    opened = open_datasets(job, seed=job.seed, needed=("train", "test"))
+    known = cap(opened["train"].pairs, most)
+    found = {"test": opened["test"], TRAINED_ON: SegmentationDataset(known, job.transform.unaugmented)}
+    for name, settings in transfer.items():
+        found[name] = open_datasets(other_source(job, name, settings), needed=("test",))["test"]
+    return found
+
+
+def other_source(job: TrainConfig, name: str, settings: Mapping) -> ImageSource:
+    """The images of a transfer: other data, seen by the model at its own size."""
+    if name in ("test", TRAINED_ON):
+        raise InputError(f"transfer: {name!r} is one of the run's own image sets; choose another name")
+    kept = {field.name: getattr(job, field.name) for field in dataclasses.fields(ImageSource)}
+    kept = {key: value for key, value in kept.items() if key not in CHOICE_OF_IMAGES}
+    source = ImageSource(**(kept | {"data": job.data} | dict(settings)))
+    if source.num_classes != job.num_classes:
+        raise InputError(
+            f"transfer {name!r} has {source.num_classes} classes and the training {job.num_classes}; say with classes "
+            "and mask_values which of its values mean which class"
+        )
+    return source
+
+
+def score_into(folder: Path, name: str, model: nn.Module, images: SegmentationDataset, batch_size: int) -> None:
+    """NAME.csv and NAME-confusion.csv of one image set, in one pass over it."""
+    path = folder / f"{name}.csv"
+    if path.exists():
+        return
+    scores, matrices = [], []
+    for batch in progress(make_loader(images, batch_size), desc=f"scoring {name}", unit="batch"):
+        logits = predict(model, batch.image)
+        scores.append(pd.DataFrame({"id": batch.id} | image_scores(logits, batch.mask)))
+        counts = image_confusions(decided(logits), batch.mask.long(), max(2, logits.shape[1]))
+        matrices.append(confusion_table(batch.id, counts))
+    write_table(pd.concat(matrices, ignore_index=True), folder / f"{name}-confusion.csv")
+    write_table(pd.concat(scores, ignore_index=True), path)  # last: it says that both are there

@@ -17,7 +17,7 @@ from torchvision.models import ResNet50_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 from torchvision.models.segmentation.fcn import IntermediateLayerGetter as Layers
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import AutoConfig, SegformerConfig, SegformerForSemanticSegmentation
 
 from cnn_encoders import encoder_repository
 from model_spec import TITLES, ModelSpec, refuse_options, refuse_unknown_options
@@ -227,6 +227,9 @@ def _segformer_config(options: dict, classes: int) -> SegformerConfig:
 
 def _segformer_from_hub(source: str, classes: int) -> nn.Module:
     """The encoder of a checkpoint (and its head, where it has as many classes); a head that is missing is new."""
+    kind = from_hub(AutoConfig.from_pretrained, source).model_type
+    if kind != SegformerConfig.model_type:
+        raise InputError(f"{source!r} is no SegFormer but a model of type {kind!r}; give another name or folder")
     load = functools.partial(
         SegformerForSemanticSegmentation.from_pretrained,
         num_labels=classes,

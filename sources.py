@@ -124,7 +124,7 @@ def open_datasets(source: ImageSource, *, seed: int = 0, needed: tuple[str, ...]
     Which image is in which split, and which ones `limits` and `fraction` keep, never depends on `seed`, which draws the
     augmentation. InputError where the training images hold no pixel of some class.
     """
-    _refuse_settings(source)
+    check_source(source)
     transform = source.transform
     splits = find_splits(locate(source), layout=source.settled_layout)
     absent = [name for name in needed if name not in splits]
@@ -149,7 +149,7 @@ def part_of(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> list[Pair]
     return cap(pairs, max(1, round(fraction * len(pairs))), seed) if fraction < 1 else list(pairs)
 
 
-def _refuse_settings(source: ImageSource) -> None:
+def check_source(source: ImageSource) -> None:
     """Refuse what no image set could answer, before any is looked for."""
     for name in source.limits:
         if name not in ("train", "validation", "test"):

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 import grid_figures
+import pictures
 import visualization
 from class_metrics import confusion_table, from_confusion
+from dataset import SegmentationDataset
+from inference import image_scores, predict
+from models import decided, load_model
 from studies import grid_tables
 from studies.cells import Cell
 from utils import git_commit, markdown_table, write_table, write_text
 
+SHOWN_IMAGES, SHOWN_NETWORKS = 4, 6  # in the picture of predictions
 INTERVAL = "intervals: 95 %, bootstrap over seeds and images"
 
 
@@ -58,6 +64,31 @@ def figures(config, cells: list[Cell], folder: Path, tables: dict[str, pd.DataFr
     return list(made)
 
 
+def first_predictions(config, cells: list[Cell], folder: Path, test: SegmentationDataset) -> None:
+    """predictions.png: the first test images, as the first seed of each of the first networks outlines them."""
+    groups = grid_tables.by_group(cells)
+    share = max(fraction for _, fraction in groups)
+    shown = {label: each[0] for (label, fraction), each in groups.items() if fraction == share}
+    samples = [test[index] for index in range(min(SHOWN_IMAGES, len(test)))]
+    images, masks = (torch.stack([getattr(sample, key) for sample in samples]) for key in ("image", "mask"))
+    predictions, scores = {}, {}
+    for label, cell in list(shown.items())[:SHOWN_NETWORKS]:
+        logits = predict(load_model(folder / "cells" / cell.name / "run" / "best")[0], images)
+        predictions[label] = decided(logits).numpy()
+        scores[label] = image_scores(logits, masks)["iou"].tolist()
+    figure = pictures.example_predictions(
+        images.numpy(),
+        masks.numpy(),
+        predictions,
+        [sample.id for sample in samples],
+        scores,
+        title="What does each outline?",
+        caption=f"The first test images at {config.image_size} px; one seed of each network.",
+        synthetic=config.is_synthetic,
+    )
+    visualization.save(figure, folder / "predictions.png")
+
+
 def pooled(cells: Iterable[Cell], folder: Path, label: str) -> np.ndarray:
     """(C, C) pixels of all seeds and test images of a label at the largest share of the data."""
     groups = grid_tables.by_group(cells)
@@ -84,15 +115,19 @@ def write_page(
     overview: pd.DataFrame,
     cells: list[Cell],
     weights: set[str],
+    test: SegmentationDataset,
     tables: dict[str, pd.DataFrame],
     folder: Path,
     more: str,
 ) -> None:
     """summary.md of a grid study, with `more` of the study's own before the scores.
 
-    overview : of all cells; cells : the finished ones; weights : what their encoders started from
+    overview : of all cells; cells : the finished ones; weights : what their encoders started from; test : images
     """
     drawn = figures(config, cells, folder, tables)
+    if test.transform.size == config.image_size:  # else each network sees them at another size
+        first_predictions(config, cells, folder, test)
+        drawn += ["predictions"] if config.is_synthetic else []  # real photographs stay with who may have them
     classes = confusions(config, cells, folder)
     start = " All networks start from random weights." if weights == {"none"} else ""
     data = "**Synthetic images** (embedded set)" if config.is_synthetic else f"Images of `{Path(config.data).name}`"

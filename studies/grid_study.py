@@ -102,7 +102,7 @@ def run_grid(config: GridConfig, study: str, question: str, more: Report) -> Pat
     tables = all_tables(config, done, folder)
     text = more(config, done, folder, tables)
     weights = {job_of(config, cell, place / cell.name).weights for cell in done}
-    write_page(config, question, grid.overview(cells, place), done, weights, tables, folder, text)
+    write_page(config, question, grid.overview(cells, place), done, weights, datasets["test"], tables, folder, text)
     return folder
 
 

@@ -19,7 +19,7 @@ from dataset import SegmentationDataset, cap, make_loader
 from inference import image_scores, predict
 from models import decided, encoder_name, load_model
 from recipes import TrainConfig
-from sources import CHOICE_OF_IMAGES, ImageSource, open_datasets
+from sources import CHOICE_OF_IMAGES, ImageSource, check_source, open_datasets
 from studies.cells import Cell, merged
 from train import train
 from utils import InputError, progress, resolve_device, write_table
@@ -35,6 +35,7 @@ def job_of(config, cell: Cell, folder: Path) -> TrainConfig:
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     job = TrainConfig(**merged({name: getattr(config, name) for name in names}, cell.changes))
+    check_source(job)
     if job.fraction < 1:
         job.fraction_seed = job.seed
         if config.same_steps:

@@ -14,9 +14,9 @@ import numpy as np
 
 from dataset import SegmentationDataset, cap, find_splits
 from images import Pair, Transform
-from layouts import AUTO, recognise, settle_classes
+from layouts import AUTO, READERS, recognise, settle_classes
 from synthetic import make_dataset
-from utils import HOME, InputError
+from utils import HOME, InputError, pick
 
 SYNTHETIC = "synthetic"
 # the settings of an ImageSource that say which images there are; the others say how a model sees them
@@ -92,7 +92,12 @@ class ImageSource:
     @property
     def settled_layout(self) -> str:
         """'isic', 'pet' or 'folder'; with 'auto' the data folder is looked at, so it has to be there."""
-        return "isic" if self.is_synthetic else recognise(self.data, self.layout)
+        if self.is_synthetic:
+            return "isic"
+        if self.layout == AUTO:
+            return recognise(self.data, AUTO)
+        pick("layout", self.layout, READERS)
+        return self.layout
 
     @property
     def class_names(self) -> tuple[str, ...]:

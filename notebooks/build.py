@@ -1,4 +1,4 @@
-"""Make the three notebooks of the top folder from their sources here: fill in address and set-up, execute, write.
+"""Make the notebooks of the top folder from their sources here: fill in address and set-up, execute, write.
 
 `python notebooks/build.py` builds and executes all (the demo preset: minutes); `--only unetpp` one of them;
 `--preset smoke` executes in seconds, for trying out. Sources are jupytext percent scripts; the badge and the set-up
@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
-NOTEBOOKS = ("unetpp", "mask2former", "mech_interp_experiment")
+NOTEBOOKS = ("unetpp", "mask2former", "mech_interp_experiment", "encoders_and_architectures")
 LIMIT_BYTES = 1_500_000
 COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 

@@ -46,7 +46,7 @@ FREEZING = ("substring", "module", "none")
 
 
 @dataclass(frozen=True)
-class Pair:
+class SitePair:
     """One pair of sites, in either spelling of transformers.
 
     published : its name in published.csv; empty where nothing was published of it
@@ -83,7 +83,7 @@ class LegacyConfig(ImageSource):
 
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     models: list[Recipe] = field(default_factory=lambda: [Recipe(model=name) for name in SIDES])
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[SitePair] = field(default_factory=list)
     freezing: str = "substring"
     mixed_precision: str = "no"
     cuts: int = 20
@@ -172,7 +172,7 @@ def settle(config: LegacyConfig) -> LegacyConfig:
     return dataclasses.replace(config, models=models, out=str(config.out or default_folder(config)))
 
 
-def _check_pairs(pairs: list[Pair]) -> None:
+def _check_pairs(pairs: list[SitePair]) -> None:
     names, known = [pair.name for pair in pairs], set(_printed()["pair"])
     if not pairs or len(set(names)) != len(names):
         raise InputError("pairs must hold pairs of sites, each once; configs/legacy.yaml has the published ones")
@@ -282,7 +282,7 @@ def by_the_legacy_protocol(config: LegacyConfig, rows: dict) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _seen(pair: Pair, measure: str, protocol: str, run_number: int, value: float, **rest) -> dict:
+def _seen(pair: SitePair, measure: str, protocol: str, run_number: int, value: float, **rest) -> dict:
     """One observation; run 0 is all runs together."""
     fixed = {"pair": pair.name, "measure": measure, "protocol": protocol, "run": run_number, "cut": 0}
     return fixed | {"quantity": "value", "value": value, "note": ""} | rest

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,8 +12,10 @@ import yaml
 
 import experiments
 from models import load_model
+from recipes import check_recipe, objective
 from sources import ImageSource
-from studies import legacy, segmentation, universality
+from studies import grid_study, legacy, segmentation, universality
+from studies.grid_work import job_of
 from synthetic import make_dataset
 from train import Recipe
 from utils import HOME, InputError
@@ -91,6 +94,14 @@ def test_every_yaml_parses_and_settles(path):
             assert {key: getattr(recipe, key) for key in row} == row
     elif study == "legacy":
         assert [pair.unetpp for pair in legacy.settle(config).pairs] == [pair["unetpp"] for pair in stored["pairs"]]
+    elif study in ("encoders", "architectures"):
+        grid = dataclasses.replace(config, layout="isic" if config.layout == "auto" else config.layout)
+        _, cells = grid_study.settle(grid, study)
+        assert len(cells) > 3
+        for cell in cells:
+            job = job_of(grid, cell, Path("somewhere"))
+            check_recipe(job)
+            objective(job)
     else:
         jobs = segmentation.trainings(dataclasses.replace(config, out="somewhere"))
         assert len(jobs) == len(config.seeds) * (1 + len(config.variants))

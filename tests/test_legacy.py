@@ -317,7 +317,7 @@ def test_the_published_table_is_the_reference(shared):
         ({"cuts": 1}, "cuts must be at least 2"),
         ({"weights": "a.pth"}, "use none or imagenet"),
         ({"pairs": []}, "each once"),
-        ({"pairs": [legacy.Pair("encoder.layer3", "x", "layer3")]}, "unknown published pair 'layer3'; closest"),
+        ({"pairs": [legacy.SitePair("encoder.layer3", "x", "layer3")]}, "unknown published pair 'layer3'; closest"),
         ({"models": [legacy.Recipe(), legacy.Recipe()]}, "one of unetpp and one of mask2former"),
     ],
 )
@@ -328,7 +328,7 @@ def test_settings_that_cannot_run_are_refused(changes, words):
 
 def test_an_unknown_site_is_refused_before_any_image_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(legacy, "open_datasets", lambda *_, **__: pytest.fail("images were read"))
-    pairs = [legacy.Pair("encoder.layer9", EMBEDDER)]
+    pairs = [legacy.SitePair("encoder.layer9", EMBEDDER)]
     with pytest.raises(InputError, match=r"pairs, unetpp: .*'encoder.layer9'"):
         legacy.run(dataclasses.replace(configured(), pairs=pairs, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

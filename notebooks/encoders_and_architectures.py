@@ -1,0 +1,125 @@
+# %% [markdown]
+# # What is each part of the model worth?
+# {{badge}}
+#
+# **Question.** Is it the encoder, the decoder or the pretraining that makes a good mask? First one decoder (Mask2Former) on
+# several encoders and shares of the training data; then several architectures against each other: how good, how fast, and
+# whether what they compute inside follows their family, their encoder, their pretraining or their score.
+
+# %%
+# {{setup}}
+
+# %% [markdown]
+# **Parameters.** `demo` trains small networks from random weights on the embedded *synthetic* set, in minutes on two CPU
+# cores. Pretrained CLIP, DINOv2, MAE and full-size architectures on ISIC 2018 are one line away (a GPU is needed).
+
+# %%
+PRESET, DATA = os.environ.get("PRESET", "demo"), None
+# PRESET, DATA = "small", "data/isic2018"  # first: !python dataset.py download --to data/isic2018
+
+# %%
+import pandas as pd
+import torch
+from IPython.display import Image, Markdown, display
+
+from experiments import load_config
+from models import ModelSpec, build_model, class_logits, lesion_logits, sites
+from studies import architectures, encoders
+
+
+def settings(study):
+    return load_config(study, ["--config", f"configs/{study}_{PRESET}.yaml", *(["--data", DATA] if DATA else [])])
+
+
+# %% [markdown]
+# ## One name, one model
+# Any encoder stands behind the same decoder. Images have to be multiples of a Vision Transformer's patch; its class and
+# register tokens have no place in the image and are left out of every map.
+
+# %%
+spec = ModelSpec("mask2former", "smoke", options={"encoder": {"vit": "dinov2_tiny", "neck": "taps"}})
+model = build_model(spec).eval()
+with torch.no_grad():
+    image = torch.rand(1, 3, 128, 128)
+    print(
+        "lesion log-odds:",
+        tuple(lesion_logits(model, image).shape),
+        "two classes:",
+        tuple(class_logits(model, image).shape),
+    )
+pd.DataFrame(
+    [(site.part, site.name, site.shape, site.prefix) for site in sites(model, 128)],
+    columns=["part", "site", "shape of one image", "tokens without a place"],
+)
+
+# %% [markdown]
+# ## Encoders
+# A study is a grid of trainings; each cell is a folder, finished cells are never run again, failed ones are listed. First the
+# plan, then the run.
+
+# %%
+config = settings("encoders")
+config.dry_run = True
+encoders.run(config)
+# %%
+config.dry_run = False
+folder = encoders.run(config)
+
+# %% [markdown]
+# Cells on a part of the data see its images so much oftener, so all make equally many steps. A part is drawn by the
+# training's seed, and a smaller one lies within a larger one.
+
+# %%
+display(Image(folder / "predictions.png"))
+
+# %%
+display(Image(folder / "data_curve.png"))
+
+# %%
+display(Image(folder / "costs.png"))
+display(Image(folder / "confusion.png"))
+
+# %% [markdown]
+# ## Architectures
+# The same loop trains all of them; their recordings and those of their untrained twins are compared on the same test images.
+
+# %%
+place = architectures.run(settings("architectures"))
+runs = pd.read_csv(place / "runs.csv")
+runs.groupby("label", sort=False)[["train_iou", "validation_iou", "test_iou"]].mean().round(3)
+
+# %%
+display(Image(place / "predictions.png"))
+
+# %%
+display(Image(place / "loss_curves.png"))
+
+# %% [markdown]
+# Colour: *u*, 0 as far apart as untrained twins, 1 as close as another seed of the same network; the diagonal is the
+# seed-to-seed similarity itself. Right: are pairs that share a family (an encoder, …) more alike than pairs that do not?
+
+# %%
+display(Image(place / "matrix.png"))
+display(Markdown((place / "summary.md").read_text().split("## Do they compute the same?")[1].split("![")[0]))
+
+# %% [markdown]
+# ## On real images
+# Five encoders of a small Mask2Former on 5, 25 and 100 % of 1,600 cropped ISIC 2018 images (a split of our own, 128 px, three
+# seeds, two epochs' worth of steps): the Vision Transformers at random weights, MobileNetV2 with and without ImageNet's.
+
+# %%
+REAL = "results/encoders-isic2018_256"
+display(Image(f"{REAL}/data_curve.png"))
+scores = pd.read_csv(f"{REAL}/scores.csv").query("images == 'test'")
+scores[["label", "fraction", "seeds", "iou", "low", "high", "miou", "class_accuracy"]].round(3)
+
+# %%
+REAL = "results/architectures-isic2018_256"
+display(Image(f"{REAL}/matrix.png"))
+display(Image(f"{REAL}/costs.png"))
+scores = pd.read_csv(f"{REAL}/scores.csv").query("images == 'test'")
+scores[["label", "seeds", "iou", "low", "high", "miou", "class_accuracy"]].round(3)
+
+# %% [markdown]
+# Short trainings of small networks: the tables rank what learns fast from few images, not what these architectures can
+# reach. The full-size grids are `configs/encoders.yaml` and `configs/architectures.yaml`.

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 import cnn_encoders
 import model_sites
 import vit_encoders
+import vit_weights
 from model_spec import ModelSpec, refuse_options, refuse_unknown_options
 from utils import InputError, closest
 from weights import UNUSED_NORM, from_hub, load_pretrained_file
@@ -130,7 +131,7 @@ def _on_encoder(spec: ModelSpec, options: dict) -> nn.Module:
     model = Mask2FormerForUniversalSegmentation(_decoder_config(encoder, rest, labels_of(spec)))
     if spec.weights != "none":
         of_vit = isinstance(encoder, vit_encoders.ViTPyramidConfig)
-        load = vit_encoders.load_vit_weights if of_vit else cnn_encoders.load_conv_weights
+        load = vit_weights.load_vit_weights if of_vit else cnn_encoders.load_conv_weights
         load(model.model.pixel_level_module.encoder, spec.weights)
     return model
 
@@ -153,7 +154,7 @@ def _encoder_config(wanted: dict, width: int):
     if name in vit_encoders.PRESETS:
         settings = vit_encoders.PRESETS[name]
     elif Path(name).is_dir():
-        settings = dict(zip(("encoder_name", "encoder_options"), vit_encoders.folder_encoder(Path(name))))
+        settings = dict(zip(("encoder_name", "encoder_options"), vit_weights.folder_encoder(Path(name))))
     else:
         settings = {"encoder_name": name}
     merged = {"encoder_options": settings.get("encoder_options", {}) | wanted.pop("encoder_options", {})}

@@ -11,14 +11,13 @@ import functools
 import itertools
 import json
 import math
-from pathlib import Path
 
 import timm
 import timm.models
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale, PatchEmbed
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -27,7 +26,6 @@ from transformers.modeling_outputs import BackboneOutput
 
 from cnn_encoders import STRIDES, align_outputs, keep_initial_weights, pack, register_backbone
 from utils import InputError, closest, pick
-from weights import HUB_ERRORS, UNREADABLE, offline_message
 
 _CLIP_B16 = "vit_base_patch16_clip_quickgelu_224"  # OpenAI's own activation; plain `clip_224` computes GELU instead
 _TINY = {"embed_dim": 96, "depth": 4, "num_heads": 3, "img_size": 128}
@@ -53,14 +51,11 @@ PRESETS = {
     },
     "mae_tiny": {"encoder_name": "vit_base_patch16_224", "encoder_options": _TINY, "width": 64},
 }
-_OURS = ("num_classes", "dynamic_img_size", "pretrained", "features_only", "in_chans", "checkpoint_path")
+OURS = ("num_classes", "dynamic_img_size", "pretrained", "features_only", "in_chans", "checkpoint_path")
 # timm reads these with another resampling of its own, which would have to be repeated here
 _RESAMPLED_OTHERWISE = ("flexivit", "radio")
 # what the libraries raise for options that do not fit each other
-_MISFITS = (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError)
-# of the pretraining, and of no use to a body: classifier or projection, MAE's decoder, the masked patches' token
-_LEFT_OUT = ("head.", "decoder_", "mask_token", "fc_norm.", "attn_pool.")
-_FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # timm's two names
+MISFITS = (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError)
 
 
 class ViTPyramidConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -146,7 +141,7 @@ def body_geometry(config: ViTPyramidConfig) -> Geometry:
 @functools.cache
 def _geometry(name: str, options: str) -> Geometry:
     with torch.device("meta"):
-        vit = _create(name, json.loads(options))
+        vit = create_vit(name, json.loads(options))
     return Geometry(vit.patch_embed.patch_size[0], len(vit.blocks), vit.embed_dim, vit.num_prefix_tokens)
 
 
@@ -163,15 +158,15 @@ def _check_sides(name: str, patch: int, height: int, width: int) -> None:
     )
 
 
-def _create(name: str, options: dict) -> VisionTransformer:
+def create_vit(name: str, options: dict) -> VisionTransformer:
     """timm's model without its classifier, at any input size; what is no plain Vision Transformer is refused."""
     _check_encoder_name(name)
-    taken = [option for option in _OURS if option in options]
+    taken = [option for option in OURS if option in options]
     if taken:
         raise InputError(f"encoder options {taken} are set here and cannot be given")
     try:
         vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
-    except _MISFITS as error:
+    except MISFITS as error:
         raise InputError(f"encoder {name!r} with options {options} cannot be built: {error}") from error
     patch = getattr(vit.patch_embed, "patch_size", None)
     if type(vit.patch_embed) is not PatchEmbed or patch[0] != patch[1]:
@@ -214,7 +209,7 @@ class TappedViT(nn.Module):
         self.name = config.encoder_name
         self.patch, self.prefix_tokens = geometry.patch, geometry.prefix_tokens
         self.taps = [block - 1 for block in tap_blocks(config.taps, geometry.depth)]
-        self.vit = _create(config.encoder_name, config.encoder_options)
+        self.vit = create_vit(config.encoder_name, config.encoder_options)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         _check_sides(self.name, self.patch, *images.shape[-2:])
@@ -339,131 +334,7 @@ class ViTPyramid(BackboneMixin, PreTrainedModel):
 register_backbone(ViTPyramidConfig, ViTPyramid)
 
 
-# ---------------------------------------------------------------------------------------------- weights and adapters
-
-
-def load_vit_weights(target: nn.Module, source: str | Path) -> None:
-    """Pretrained weights into a `TappedViT`, or into the body of a `ViTPyramid`.
-
-    source : 'imagenet' (what timm has under the encoder's name, from the hub or its cache), a folder in timm's hub
-        format, or a file in timm's own, CLIP's, DINOv2's or MAE's layout. timm converts the layouts and resamples the
-        position embeddings to our `img_size`. Anything missing, of another shape, or not of a Vision Transformer is
-        refused; the pretraining's heads and decoders (`_LEFT_OUT`) are left out. A file does not tell the number of
-        heads or the activation: that these fit is for the caller to know.
-    """
-    body = getattr(target, "body", target)
-    if str(source) == "imagenet":
-        label, state = _hub_state(body)
-    elif Path(source).is_dir():
-        label, state = _folder_state(body, Path(source))
-    else:
-        label, state = f"weights file {source}", _read(Path(source))
-    _check_patch(body, state, label)
-    try:
-        state = checkpoint_filter_fn(dict(state), body.vit)
-    except (*_MISFITS, LookupError, AttributeError) as error:
-        raise InputError(f"{label} cannot be converted for {body.name}: {type(error).__name__}: {error}") from error
-    _load_exactly(body, state, label)
-
-
-def folder_encoder(folder: Path) -> tuple[str, dict]:
-    """(encoder_name, encoder_options) of a folder in timm's hub format, so that the config comes from the folder.
-
-    Such folders are written by `timm.models.save_for_hf`. The name has no tag: the weights are the folder's.
-    """
-    path = Path(folder) / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        name, options = stored["architecture"], dict(stored.get("model_args", {}))
-        size = stored.get("pretrained_cfg", stored)["input_size"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"folder {folder} is not in timm's hub format ({type(error).__name__}: {error}); it needs the config.json "
-            "and model.safetensors of timm.models.save_for_hf"
-        ) from error
-    options.setdefault("img_size", size[-1] if size[-1] == size[-2] else list(size[-2:]))
-    return name, {key: value for key, value in options.items() if key not in _OURS}
-
-
-def _hub_state(body: TappedViT) -> tuple[str, dict]:
-    repository = body.vit.pretrained_cfg.get("hf_hub_id")
-    if not repository:
-        raise InputError(
-            f"timm has no pretrained weights of {body.name!r}; names with weights: "
-            f"{closest(body.name, timm.list_pretrained('vit_*'))}"
-        )
-    try:
-        return f"hub weights {repository}", timm.models.load_state_dict_from_hf(repository)
-    except HUB_ERRORS as error:
-        raise InputError(offline_message(repository, "", error)) from error
-
-
-def _folder_state(body: TappedViT, folder: Path) -> tuple[str, dict]:
-    name, options = folder_encoder(folder)
-    with torch.device("meta"):
-        theirs, ours = _unseen(_create(name, options)), _unseen(body.vit)
-    wrong = [f"{what} {theirs[what]}, not {ours[what]}" for what in ours if theirs[what] != ours[what]]
-    if wrong:
-        raise InputError(f"folder {folder} holds another architecture ({name}) than {body.name}: {'; '.join(wrong)}")
-    path = next((folder / known for known in _FOLDER_WEIGHTS if (folder / known).is_file()), None)
-    if path is None:
-        raise InputError(f"folder {folder} holds no weights; it needs {' or '.join(_FOLDER_WEIGHTS)}")
-    return f"folder {folder}", _read(path)
-
-
-def _unseen(vit: VisionTransformer) -> dict[str, object]:
-    """What changes a Vision Transformer's function and no tensor's shape."""
-    block = vit.blocks[0]
-    return {
-        "patch": vit.patch_embed.patch_size,
-        "heads": block.attn.num_heads,
-        "activation": str(block.mlp.act),
-        "norm": f"{type(block.norm1).__name__} ε {block.norm1.eps}",
-        "position of the class token": vit.no_embed_class,
-    }
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"weights file {path} does not exist; give 'imagenet', a folder, a file, or use 'none'")
-    try:
-        state = timm.models.load_state_dict(path, weights_only=True)  # unwraps {'model': …} and {'state_dict': …}
-    except UNREADABLE as error:
-        raise InputError(f"weights file {path} cannot be read ({type(error).__name__}: {error})") from error
-    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"weights file {path} is not a state dict of tensors")
-    return state
-
-
-def _check_patch(body: TappedViT, state: dict[str, Tensor], label: str) -> None:
-    """timm would resample a patch embedding of another size, to another function: only as said, never by the way."""
-    ends = ("patch_embed.proj.weight", "visual.conv1.weight")
-    found = next((tensor for key, tensor in state.items() if key.endswith(ends) and tensor.ndim == 4), None)
-    if found is not None and tuple(found.shape[-2:]) != (body.patch, body.patch):
-        sides = "×".join(map(str, found.shape[-2:]))
-        raise InputError(f"{label} is of another architecture than {body.name}: patches of {sides}, not {body.patch}")
-
-
-def _load_exactly(body: TappedViT, state: dict[str, Tensor], label: str) -> None:
-    own = body.vit.state_dict()
-    adapters = {key: tensor for key, tensor in own.items() if "lora_" in key}
-    names = {key.replace(".base_layer", ""): key for key in own if key not in adapters}
-    state = {key: tensor for key, tensor in state.items() if key in names or not key.startswith(_LEFT_OUT)}
-    wrong = [
-        *(f"{key} is missing" for key in names if key not in state),
-        *(f"{key} is not in the model" for key in state if key not in names),
-        *(
-            f"{key} is {tuple(state[key].shape)}, not {tuple(own[names[key]].shape)}"
-            for key in names
-            if key in state and state[key].shape != own[names[key]].shape
-        ),
-    ]
-    if wrong:
-        raise InputError(
-            f"{label} is of another architecture than {body.name}: {len(wrong)} differences, first "
-            f"{'; '.join(wrong[:3])}"
-        )
-    body.vit.load_state_dict({names[key]: tensor for key, tensor in state.items()} | adapters)  # strict
+# ----------------------------------------------------------------------------------------------------------- adapters
 
 
 def add_adapters(body: TappedViT, rank: int) -> None:

@@ -46,6 +46,7 @@ class GridConfig(TrainConfig):
         scored_train: so many of the training images at most are scored, as they are, beside the test images
         launcher: here, joblib (processes of this machine), submitit-local or slurm (see requirements-cluster.txt)
         jobs: cells at a time
+        processes: that share one training, started by accelerate: GPUs, or processes of a CPU
         launcher_options: for submitit, such as {"timeout_min": 600, "slurm_partition": "gpu"}
         retry: whether cells that failed are run again
         dry_run: print the grid, the state of its cells and how long the rest may take, and end; nothing is written
@@ -62,6 +63,7 @@ class GridConfig(TrainConfig):
     scored_train: int = 300
     launcher: str = "here"
     jobs: int = 1
+    processes: int = 1
     launcher_options: dict[str, Any] = field(default_factory=dict)
     retry: bool = False
     dry_run: bool = False
@@ -127,6 +129,8 @@ def check(config: GridConfig, cells: list[Cell], place: Path) -> None:
     grid.refuse_other_cells(cells, place)
     if not 0 < config.target < 1:
         raise InputError(f"target must be an IoU between 0 and 1, got {config.target}")
+    if config.processes < 1:
+        raise InputError(f"processes must be at least 1, got {config.processes}")
     if config.scored_train < 1:
         raise InputError(f"scored_train must be at least 1, got {config.scored_train}")
     refuse_other_run(Path(config.out), dataclasses.asdict(config))

@@ -8,10 +8,14 @@ of all of them say, is the business of `grid_study` and `grid_tables`.
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from torch import nn
 
 from class_metrics import confusion_table, image_confusions
@@ -22,7 +26,7 @@ from recipes import TrainConfig
 from sources import CHOICE_OF_IMAGES, ImageSource, check_source, open_datasets
 from studies.cells import Cell, merged
 from train import train
-from utils import InputError, progress, resolve_device, write_table
+from utils import HOME, InputError, progress, resolve_device, write_table, write_text
 
 TRAINED_ON = "train"  # the image set that a network is scored on beside the others, without augmentation
 
@@ -50,13 +54,33 @@ def job_of(config, cell: Cell, folder: Path) -> TrainConfig:
 def work(cell: Cell, folder: Path, config) -> None:
     """Train the cell's network and score it; what is already there is not computed again."""
     job = job_of(config, cell, folder)
-    run = train(job)
+    if config.processes > 1:
+        train_in_processes(job, config.processes, folder)
+    else:
+        train(job)
     if job.overfit:
         return
-    model, _ = load_model(run / "best")
+    model, _ = load_model(Path(job.out) / "best")
     model.to(resolve_device(job.device))
     for name, images in image_sets(job, config.transfer, config.scored_train).items():
         score_into(folder, name, model, images, job.batch_size)
+
+
+def train_in_processes(job: TrainConfig, number: int, folder: Path) -> None:
+    """The cell's training by `accelerate launch`: on so many GPUs, or processes of a CPU; its words go to train.log."""
+    settings, log = folder / "job.yaml", folder / "train.log"
+    write_text(settings, yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(job))), sort_keys=False))
+    on_cpu = ["--cpu"] if resolve_device(job.device).type == "cpu" else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(number), *on_cpu]
+    with open(log, "a", encoding="utf-8") as words:
+        done = subprocess.run(
+            [*command, str(HOME / "train.py"), "--config", str(settings)], stdout=words, stderr=words, check=False
+        )
+    if done.returncode:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise InputError(
+            f"training in {number} processes ended with code {done.returncode}: {' '.join(last)}; see {log}"
+        )
 
 
 def image_sets(job: TrainConfig, transfer: Mapping[str, Mapping], most: int) -> dict[str, SegmentationDataset]:

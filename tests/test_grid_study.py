@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 from scipy.stats import wilcoxon
 
@@ -204,6 +205,14 @@ def test_pets_against_background_are_a_transfer_of_lesions(pets, tmp_path):
     folder = encoders.run(config)
     table = pd.read_csv(folder / "cells" / "seed-0" / "pets.csv")
     assert len(table) == 10 and table["id"].str.startswith("Cat_").all()
+
+
+def test_a_cell_may_be_trained_by_several_processes(tmp_path):
+    images = {"synthetic_images": {"Training": 8, "Validation": 4, "Test": 4}}
+    config = config_of(tmp_path / "out", axes={"seed": [0]}, model="segformer", processes=2, batch_size=2, **images)
+    folder = encoders.run(config)
+    stored = yaml.safe_load((folder / "cells" / "seed-0" / "run" / "config.yaml").read_text())
+    assert stored["processes"] == 2 and len(pd.read_csv(folder / "runs.csv")) == 1
 
 
 @pytest.mark.parametrize(

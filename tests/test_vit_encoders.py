@@ -30,10 +30,9 @@ from vit_encoders import (
     body_geometry,
     check,
     check_image_size,
-    folder_encoder,
-    load_vit_weights,
     tap_blocks,
 )
+from vit_weights import folder_encoder, load_vit_weights
 
 CLIP, DINOV2, MAE = "vit_base_patch16_clip_quickgelu_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_224"
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 3, "img_size": 64}

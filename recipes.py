@@ -19,6 +19,7 @@ from sources import ImageSource
 from utils import InputError, closest
 
 OVERFIT_IOU = 0.95  # that a model must reach on the images it was trained on
+OVERFIT_EPOCHS = 60
 OBJECTIVES = ("auto", "set", "ce_dice", *LOSSES)
 
 
@@ -94,7 +95,7 @@ class TrainConfig(ImageSource, Recipe):
         cache_features: whether a frozen encoder's answers are kept on disk (in ISIC_FEATURES, or beside the cached
             images) and read from there; only where images repeat: flips may be on, other augmentation may not
         overfit: train and validate on the same so many training images, without augmentation, until the IoU reaches
-            0.95: a check that a model can learn at all; 0 is off
+            0.95: a check that a model can learn at all, see `for_overfit`; 0 is off
     """
 
     seed: int = 0
@@ -123,6 +124,17 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(f"overfit must be a number of images, or 0, got {recipe.overfit}")
     if not recipe.patience >= 0:
         raise InputError(f"patience must not be below 0, got {recipe.patience}")
+
+
+def for_overfit(config: TrainConfig) -> TrainConfig:
+    """The same training as an overfit check: a constant learning rate, averaged weights, nothing that holds it back.
+
+    Ten passes over the few images are an epoch; a check ends at the first one that reaches the IoU, at the latest after
+    `OVERFIT_EPOCHS`.
+    """
+    settings = {"schedule": "constant", "warmup": 0.0, "average": 0.9, "weight_decay": 0.0, "clip_norm": 1.0}
+    settings |= {"epochs": max(config.epochs, OVERFIT_EPOCHS), "repeats": 10, "patience": 0, "fraction": 1.0}
+    return dataclasses.replace(config, batch_size=min(config.batch_size, max(2, config.overfit // 2)), **settings)
 
 
 def is_finished(recipe: Recipe, validation_ious: Sequence[float]) -> bool:

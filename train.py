@@ -46,7 +46,7 @@ from processes import (
     share_of,
     start_the_others,
 )
-from recipes import OVERFIT_IOU, TrainConfig, check_cache_features, check_recipe, is_finished, objective
+from recipes import OVERFIT_IOU, TrainConfig, check_cache_features, check_recipe, for_overfit, is_finished, objective
 from recipes import Recipe as Recipe  # studies and notebooks ask for it here
 from sources import open_datasets
 from utils import (
@@ -355,7 +355,8 @@ def replay(path: Path | str) -> float:
 
 def load_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The settings from a YAML (`--config`), overridden by the other arguments of the command line."""
-    return read_settings(TrainConfig, "python train.py", sys.argv[1:] if arguments is None else arguments)
+    config = read_settings(TrainConfig, "python train.py", sys.argv[1:] if arguments is None else arguments)
+    return for_overfit(config) if config.overfit else config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

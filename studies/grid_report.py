@@ -38,8 +38,13 @@ def caption(config, tables: dict[str, pd.DataFrame], text: str = "") -> str:
     """What all figures of the study say of their numbers."""
     scores = tables["scores"].query("images == 'test'")
     seeds = sorted(scores["seeds"].unique())
-    some = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{scores['n'].iloc[0]} test images at {config.image_size} px, {some} seeds; {INTERVAL}. {text}".strip()
+    some = counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    return f"{scores['n'].iloc[0]} test images at {config.image_size} px, {some}; {INTERVAL}. {text}".strip()
+
+
+def counted(number: int, what: str) -> str:
+    """'1 seed', '3 seeds'."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def figures(config, cells: list[Cell], folder: Path, tables: dict[str, pd.DataFrame]) -> list[str]:
@@ -53,7 +58,9 @@ def figures(config, cells: list[Cell], folder: Path, tables: dict[str, pd.DataFr
     known = full.merge(tables["costs"], on="label")
     made["costs"] = grid_figures.cost_scatter(known, **about)
     last = tables["history"].query("fraction == fraction.max()")
-    made["loss_curves"] = grid_figures.loss_curves(last, **(about | {"caption": f"{last['seed'].nunique()} seeds."}))
+    made["loss_curves"] = grid_figures.loss_curves(
+        last, **(about | {"caption": f"{counted(last['seed'].nunique(), 'seed')}."})
+    )
     best = full.sort_values("iou")["label"].iloc[-1]
     matrix = pooled(cells, folder, best)
     text = f"{best}, the best of these: pixels of {full['n'].iloc[0]} test images and all seeds together."

@@ -22,7 +22,7 @@ from class_metrics import confusion_table, image_confusions
 from dataset import SegmentationDataset, cap, make_loader
 from inference import image_scores, predict
 from models import decided, encoder_name, load_model
-from recipes import TrainConfig
+from recipes import TrainConfig, for_overfit
 from sources import CHOICE_OF_IMAGES, ImageSource, check_source, open_datasets
 from studies.cells import Cell, merged
 from train import train
@@ -40,6 +40,8 @@ def job_of(config, cell: Cell, folder: Path) -> TrainConfig:
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     job = TrainConfig(**merged({name: getattr(config, name) for name in names}, cell.changes))
     check_source(job)
+    if job.overfit:
+        job = for_overfit(job)
     if job.fraction < 1:
         job.fraction_seed = job.seed
         if config.same_steps:

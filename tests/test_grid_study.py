@@ -252,7 +252,8 @@ def test_families_are_of_encoder_and_decoder():
     assert family("segformer_smp", encoder_name="resnet18") == "CNN"
 
 
-def test_an_overfit_check_says_which_networks_do_not_learn(tmp_path):
+def test_an_overfit_check_says_which_networks_do_not_learn(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.OVERFIT_EPOCHS", 1)
     config = config_of(tmp_path / "out", axes={"seed": [0, 1]}, model="segformer", overfit=4, epochs=1)
     with pytest.raises(InputError, match=r"stayed below IoU 0.95 on 4 images"):
         grid_study.run_grid(config, "encoders", "?", encoders.answer)

@@ -27,7 +27,7 @@ from similarity.recording import hash_model
 from sources import open_datasets
 from studies import architecture_matrix
 from studies.cells import Cell
-from studies.grid_report import caption
+from studies.grid_report import counted
 from studies.grid_study import GridConfig, run_grid
 from studies.grid_tables import by_group, label_of
 from studies.grid_work import job_of
@@ -90,7 +90,8 @@ def compare(config: ArchitecturesConfig, cells: list[Cell], folder: Path, tables
         found["factors"],
         facts,
         title="Do architectures compute the same, and what does it follow?",
-        caption=caption(config, tables, "Debiased linear CKA of means over maps, at matched relative depth."),
+        caption=f"{len(test)} test images at {config.image_size} px, {counted(facts['seeds'].min(), 'seed')}; debiased "
+        "linear CKA of means over maps, at matched relative depth; chance: permuted images.",
         synthetic=config.is_synthetic,
     )
     visualization.save(figure, folder / "matrix.png")
@@ -103,7 +104,14 @@ def fact_table(cells: list[Cell], jobs: dict[str, TrainConfig], scores: pd.DataF
     rows = {}
     for cell in cells:
         label, job = label_of(cell), jobs[cell.name]
-        row = {"label": label, "title": label, "architecture": TITLES[job.model], "family": family_of(job)}
+        seeds = sum(label_of(other) == label for other in cells)
+        row = {
+            "label": label,
+            "title": label,
+            "seeds": seeds,
+            "architecture": TITLES[job.model],
+            "family": family_of(job),
+        }
         rows[label] = row | {"encoder": encoder_name(job.spec), "pretrained": job.weights != "none"}
     return pd.DataFrame(rows.values()).assign(iou=lambda table: scores.loc[table["label"], "iou"].to_numpy())
 

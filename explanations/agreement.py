@@ -2,8 +2,8 @@
 
 Takes maps as arrays, matched by the images' ids, and returns tables: four similarities of two models' maps of an image,
 for every pair of models their mean with its null (explanations of *other* images by the same two models) and its
-ceiling (same architecture, other seed), what of a map lies in a mask, and whether agreement follows another agreement
-over images. It makes no explanations and knows no model; which models group together is asked in `model_clusters`.
+ceiling (same architecture, other seed). It makes no explanations and knows no model. Maps and masks are in
+`masks`, groups of models in `clusters`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ Maps = Mapping[str, Mapping[str, np.ndarray]]  # model -> id -> (H, W)
 
 KINDS = {"unit": ("cosine", "rbf"), "ranks": ("spearman",), "top": ("kappa",)}
 SIMILARITIES = {similarity: kind for kind, names in KINDS.items() for similarity in names}
-MASS = {"positive": "no positive attribution", "absolute": "zero map", "pointing": "zero map"}
+SIDES = ["model_a", "model_b"]
 SIGMA = 1.0  # maps of norm 1 are 0 to 2 apart: RBF is 1 for equal ones, 0.37 for orthogonal, 0.14 for opposite ones
 FRACTION = 0.2  # of the pixels
 REACHED = 1e-12  # a mean this near to the observed one has reached it: the sum is another's rounding
-FEWEST = 4  # images of a partial correlation
 
 
 # --------------------------------------------------------------------------------------------------- maps, by their ids
@@ -61,7 +60,9 @@ def stack(maps: Maps) -> Stacked:
                 raise InputError(f"{problem}; resize all maps to one (H, W)")
             if not np.isfinite(values).all():
                 raise InputError(f"the map of {name!r} by {model!r} holds NaN or infinity; leave that model out")
-    dtype = np.result_type(np.float32, *{np.asarray(v).dtype for of_images in maps.values() for v in of_images.values()})
+    dtype = np.result_type(
+        np.float32, *{np.asarray(v).dtype for of_images in maps.values() for v in of_images.values()}
+    )
     values = np.empty((len(maps), len(ids), shape[0] * shape[1]), dtype)
     for place, of_images in enumerate(maps.values()):
         for row, name in enumerate(ids):
@@ -126,13 +127,13 @@ def compare(
     u : (mean − null_mean)/(ceiling − null_mean), 0 other images, 1 another seed; NaN where the ceiling is not above
     """
     stacked, rows = stack(maps), []
-    _check_twins(twins, stacked.models)
+    check_twins(twins, stacked.models)
     for similarity, a, b, gram, why in _grams(stacked, similarities, sigma, fraction):
         there = why == ""
         row = {"similarity": similarity, "settings": _settings(similarity, sigma, fraction)}
         row |= {"model_a": stacked.models[a], "model_b": stacked.models[b], "left_out": int((~there).sum())}
-        row |= _summary(gram[np.ix_(there, there)], permutations, resamples, level, seed)
-        rows.append(row | {"reason": _counted(why)})
+        row |= over_images(gram[np.ix_(there, there)], permutations, resamples, level, seed)
+        rows.append(row | {"reason": counted(why)})
     table = pd.DataFrame(rows)
     paired = {frozenset(pair) for pair in twins}
     table.insert(4, "twins", [frozenset(pair) in paired for pair in zip(table["model_a"], table["model_b"])])
@@ -204,7 +205,7 @@ def _either(models: list[str], reasons: np.ndarray, a: int, b: int) -> np.ndarra
     return named[0] + both + named[1]
 
 
-def _counted(why: np.ndarray) -> str:
+def counted(why: np.ndarray) -> str:
     counts = pd.Series(why[why != ""], dtype=object).value_counts(sort=False)
     return "; ".join(f"{count} images: {reason}" for reason, count in counts.items())
 
@@ -213,7 +214,7 @@ def _settings(similarity: str, sigma: float, fraction: float) -> str:
     return {"rbf": f"σ = {sigma:g}", "kappa": f"top {fraction:.0%} of the pixels"}.get(similarity, "")
 
 
-def _summary(gram: np.ndarray, permutations: int, resamples: int, level: float, seed: int) -> dict[str, float]:
+def over_images(gram: np.ndarray, permutations: int, resamples: int, level: float, seed: int) -> dict[str, float]:
     """Mean of the diagonal with its spread, interval and null; gram (n, n), of images with other images."""
     n, edges = len(gram), [(1 - level) / 2, (1 + level) / 2]
     names = ["mean", "low", "high", "sd", "dissimilarity", "dissimilarity_low", "dissimilarity_high"]
@@ -234,7 +235,7 @@ def _summary(gram: np.ndarray, permutations: int, resamples: int, level: float, 
     return row
 
 
-def _check_twins(twins: Sequence[tuple[str, str]], models: list[str]) -> None:
+def check_twins(twins: Sequence[tuple[str, str]], models: list[str]) -> None:
     for name in itertools.chain.from_iterable(twins):
         pick("model among the twins", name, dict.fromkeys(models))
     if any(a == b for a, b in twins):
@@ -245,15 +246,10 @@ def _with_ceiling(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     for _, rows in table.groupby("similarity", sort=False):
         pairs = rows[rows["twins"]]
-        sides = pd.concat([pairs[["model_a", "mean"]].set_axis(["model", "mean"], axis=1) for pairs in _both(pairs)])
+        sides = pd.concat([pairs[[side, "mean"]].set_axis(["model", "mean"], axis=1) for side in SIDES])
         own = sides.groupby("model")["mean"].mean()
-        ends = (rows[side].map(own).to_numpy(dtype=float) for side in ("model_a", "model_b"))
+        ends = (rows[side].map(own).to_numpy(dtype=float) for side in SIDES)
         found.append(pd.Series(geometric_ceiling(*ends), rows.index))
     ceiling = pd.concat(found)
     u = position(table["mean"], table["null_mean"], ceiling)
     return table.assign(ceiling=ceiling, u=u, reason=table.pop("reason"))
-
-
-def _both(pairs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The pairs, and the same with a and b exchanged."""
-    return pairs, pairs.rename(columns={"model_a": "model_b", "model_b": "model_a"})

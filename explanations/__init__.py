@@ -1,0 +1,1 @@
+"""Explanations of what networks look at: methods, targets, checks, and how alike the explanations of two models are."""

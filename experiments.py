@@ -28,7 +28,7 @@ DEFAULT_CONFIG = {
     "encoders": HOME / "configs" / "encoders_demo.yaml",
     "architectures": HOME / "configs" / "architectures_demo.yaml",
 }
-SWITCHES = ("--dry-run", "--retry")  # settings that are true when they are named
+SWITCHES = ("--dry-run", "--dry_run", "--retry")  # settings that are true when they are named
 
 
 def load_config(study: str, arguments: Sequence[str] = ()):

@@ -162,7 +162,7 @@ def loss_curves(
     history : one row an epoch, columns label, seed, epoch, train_loss, validation_iou (NaN where an epoch was not
     validated).
     """
-    panels = {"train_loss": "training loss", "validation_iou": "validation IoU"}
+    panels = {"train_loss": "training loss, each network's own", "validation_iou": "validation IoU"}
     need_columns(history, ["label", "seed", "epoch", *panels], "history")
     _refuse_doubles(history, ["label", "seed", "epoch"], "history")
     figure = new_figure(9.0, 3.1, title=title, caption=caption, synthetic=synthetic)

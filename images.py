@@ -29,7 +29,9 @@ from utils import InputError, atomic_path, digest, pick, progress
 # ever. Nothing is lost, since images are decoded and served by several threads or processes of ours.
 cv2.setNumThreads(1)
 
-IGNORE = 255  # in a mask of three classes or more: a pixel of no class, neither trained on nor scored
+# In a mask of three classes or more: a pixel of no class. It is never scored; ce_dice leaves it out, and for the set
+# loss it lies outside every mask, as published.
+IGNORE = 255
 CACHE_FORMAT = 1  # raise it whenever the same file and transform give other pixels
 MAX_PIXELS = 100_000_000  # the largest ISIC original has 30 million; a header that claims more is refused undecoded
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 import pictures
 import visualization
 from class_metrics import class_scores
-from dataset import IMAGE_SUFFIXES, Sample, find_splits, make_loader
+from dataset import IMAGE_SUFFIXES, Sample, class_pixels, find_splits, make_loader
 from dataset import SegmentationDataset as Images
 from images import Transform, read_mask, read_pixels
 from loss_metrics import image_metrics, summarize
@@ -319,9 +319,20 @@ def infer(
     splits = find_splits(data, layout=layout)
     if split not in splits:
         raise InputError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
-    loader = make_loader(Images(splits[split], transform), batch_size)
+    images_of_split = Images(splits[split], transform)
+    refuse_unlabelled(images_of_split)
+    loader = make_loader(images_of_split, batch_size)
     options = {"flips": flips, "full_resolution": full_resolution}
     _score_into(out, models, loader, options, {"split": split, "synthetic": synthetic})
+
+
+def refuse_unlabelled(images: Images) -> None:
+    """Refuse masks that hold no class but the first, where there are several: they mean something else."""
+    if images.transform.num_classes > 2 and not class_pixels(images.pairs, images.transform).sum(0)[1:-1].any():
+        raise InputError(
+            f"the masks hold none of the {images.transform.num_classes - 1} classes after the first one that the model "
+            "was trained on; say with --mask_values which of their values mean which class"
+        )
 
 
 def load_ensemble(checkpoints: Path | Sequence[Path]) -> tuple[list[nn.Module], Transform, bool]:

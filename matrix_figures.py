@@ -17,6 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from utils import InputError
 from visualization import (
     BLACK,
+    BLUE,
     MODEL_COLOURS,
     RANGE_COLOUR,
     VERMILLION,
@@ -32,6 +33,7 @@ GREY = "0.82"
 NUMBERS = ["similarity", "ceiling", "u"]
 MARKS = {"encoder": "o", "decoder": "D"}
 CHANCE = "below chance"
+SHOWN_U = (-1.0, 2.0)  # u has no bounds where floor and ceiling are close
 
 
 def architecture_matrix(
@@ -179,3 +181,39 @@ def _legend(families: dict[str, str]) -> list:
         for part, word in shapes.items()
     ]
     return [*handles, Line2D([], [], marker="o", mfc=VERMILLION, label="right: p below 0.05 (Holm)", **style)]
+
+
+def u_by_depth(depth: pd.DataFrame, facts: pd.DataFrame, *, title: str, caption: str, synthetic: bool) -> Figure:
+    """u against relative depth, a panel a part: each pair of labels a thin line, the median of each kind a thick one.
+
+    depth : columns label_a, label_b, part, relative_depth (0 to 1), u; facts : label, family. Kinds: pairs of one
+    family, and of two; pairs of a label with itself (u is 1 by construction) and cells without a scale are left out.
+    """
+    need_columns(depth, ["label_a", "label_b", "part", "relative_depth", "u"], "depth")
+    need_columns(facts, ["label", "family"], "fact")
+    family = facts.set_index("label")["family"]
+    rows = depth[(depth["label_a"] != depth["label_b"]) & depth["u"].notna()]
+    alike = rows["label_a"].map(family).to_numpy() == rows["label_b"].map(family).to_numpy()
+    parts = list(depth["part"].unique())
+    figure = new_figure(4.0 * len(parts) + 1.6, 3.0, title=title, caption=caption, synthetic=synthetic)
+    for ax, part in zip(figure.subplots(1, len(parts), squeeze=False, sharey=True)[0], parts):
+        here = (rows["part"] == part).to_numpy()
+        _depth_lines(ax, {"one family": rows[here & alike], "two families": rows[here & ~alike]})
+        ax.set_title(f"{part}s", fontsize=10)
+        ax.set_xlabel("relative depth (0 first site, 1 last)", fontsize=9)
+    figure.axes[0].set_ylabel("u: 0 untrained, 1 another seed", fontsize=9)
+    handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+    return settle(figure)
+
+
+def _depth_lines(ax: Axes, kinds: dict[str, pd.DataFrame]) -> None:
+    for (kind, mine), colour in zip(kinds.items(), (BLUE, VERMILLION)):
+        for _, pair in mine.groupby(["label_a", "label_b"]):
+            ax.plot(pair["relative_depth"], pair["u"], color=colour, lw=0.6, alpha=0.35)
+        median = mine.groupby("relative_depth")["u"].median()
+        ax.plot(median.index, median, color=colour, marker="o", ms=4, lw=2, label=f"{kind}: median")
+    ax.axhline(0, color="0.6", lw=0.8)
+    ax.axhline(1, color="0.6", lw=0.8, ls="--")
+    ax.set(xlim=(0, 1), ylim=SHOWN_U)
+    tidy(ax)

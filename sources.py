@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import SegmentationDataset, cap, find_splits
-from images import Pair, Transform
+from images import IGNORE, Pair, Transform
 from layouts import AUTO, READERS, recognise, settle_classes
 from synthetic import make_dataset
 from utils import HOME, InputError, pick
@@ -146,6 +146,9 @@ def open_datasets(source: ImageSource, *, seed: int = 0, needed: tuple[str, ...]
     }
     if "train" in datasets and (source.fraction < 1 or source.classes or transform.values):
         _refuse_absent_class(source, datasets["train"])
+    if transform.num_classes > 2:
+        for data in datasets.values():
+            _refuse_uncounted(data)
     return datasets
 
 
@@ -164,6 +167,17 @@ def check_source(source: ImageSource) -> None:
     if source.repeats < 1:
         raise InputError(
             f"repeats {source.repeats}: an epoch serves each image at least once; set repeats to 1 or more"
+        )
+
+
+def _refuse_uncounted(data: SegmentationDataset) -> None:
+    """Refuse images of which no pixel counts: no loss can be computed from them, and no score."""
+    empty = [data.ids[k] for k in range(len(data.pairs)) if (data.pixels(k)[..., 3] == IGNORE).all()]
+    if empty:
+        named = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        raise InputError(
+            f"the masks of {len(empty)} images hold nothing but {IGNORE}, pixels of no class: {named}; take these "
+            "images out, or correct mask_values"
         )
 
 

@@ -248,10 +248,11 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def refuse_other_run(folder: Path, config: Mapping) -> None:
+def refuse_other_run(folder: Path, config: Mapping, may_differ: Sequence[str] = ()) -> None:
     """Refuse a folder that is a file, holds something else, or a run with other settings; nothing is written.
 
-    Settings in `UNCOMPARED_SETTINGS` may differ between the runs, and `LATER_SETTINGS` may be absent from the old one.
+    Settings in `UNCOMPARED_SETTINGS` and `may_differ` may differ between the runs, and `LATER_SETTINGS` may be absent
+    from the old one.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -261,18 +262,18 @@ def refuse_other_run(folder: Path, config: Mapping) -> None:
         raise InputError(f"output folder {folder} cannot be written: {parent} is no folder that may be written to")
     stored = folder / "config.yaml"
     if stored.exists():
-        _refuse_other_config(folder, _stored_settings(stored), _plain(config))
+        _refuse_other_config(folder, _stored_settings(stored), _plain(config), may_differ)
     elif folder.exists() and any(not LEFTOVER.fullmatch(path.name) for path in folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty and is no run of ours; choose another with --out")
 
 
-def open_run(folder: Path, config: Mapping, device: torch.device) -> Path:
+def open_run(folder: Path, config: Mapping, device: torch.device, may_differ: Sequence[str] = ()) -> Path:
     """Create a run folder, or continue one made with the same settings; another config is refused.
 
     Writes `config.yaml` and `environment.json`.
     """
     folder = Path(folder)
-    refuse_other_run(folder, config)
+    refuse_other_run(folder, config, may_differ)
     try:
         write_text(folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
         write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
@@ -296,10 +297,9 @@ def _stored_settings(path: Path) -> dict:
     return settings
 
 
-def _refuse_other_config(folder: Path, old: Mapping, new: Mapping) -> None:
-    old, new = (
-        _flat({key: value for key, value in config.items() if key not in UNCOMPARED_SETTINGS}) for config in (old, new)
-    )
+def _refuse_other_config(folder: Path, old: Mapping, new: Mapping, may_differ: Sequence[str]) -> None:
+    left_out = {*UNCOMPARED_SETTINGS, *may_differ}
+    old, new = (_flat({key: value for key, value in config.items() if key not in left_out}) for config in (old, new))
     for key in set(new) - set(old):
         name = key.rpartition(".")[2]
         if name in LATER_SETTINGS:

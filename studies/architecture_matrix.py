@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
+from scipy.stats import false_discovery_control
 
 from similarity import Recording, calibration, intervals
 from similarity.calibration import Comparison, Resamples, matched_depth_pairs
@@ -68,7 +69,16 @@ def compare(
             tables["matrix"].append(first | found.line(a, b, nulls))
             tables["depth"] += [first | line for line in found.by_depth(a, b, bins)]
     made = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+    made["matrix"]["q_value"] = q_values(made["matrix"]["p_value"])
     return made | {"factors": what_it_follows(made["matrix"], facts, permutations=permutations, seed=seed)}
+
+
+def q_values(p: pd.Series) -> pd.Series:
+    """Benjamini-Hochberg over all that have a p."""
+    q, known = pd.Series(np.nan, p.index), p.notna()
+    if known.any():
+        q[known] = false_discovery_control(p[known].astype(float))
+    return q
 
 
 def _label_pairs(labels: list[str]) -> list[tuple[str, str]]:
@@ -101,8 +111,10 @@ class _Part:
         """The networks of a state that are compared: all seeds of one label with all of another, each two of one."""
         found = []
         for a, b in _label_pairs(labels):
-            several = itertools.product(self.seeds[a], self.seeds[b])
-            seeds = several if a != b else itertools.combinations(self.seeds[a], 2)
+            several = list(itertools.product(self.seeds[a], self.seeds[b]))
+            # at one seed the same encoder starts from the same weights and sees the same order of images
+            apart = [(i, j) for i, j in several if i != j] or several
+            seeds = apart if a != b else itertools.combinations(self.seeds[a], 2)
             found += [((a, i, state), (b, j, state)) for i, j in seeds]
         return [both for both in found if self.sides.keys() >= set(both)]
 
@@ -120,6 +132,10 @@ class _Part:
     def network(self, label: str, place: int = 0) -> Name:
         """The first trained network of a label, or another."""
         return label, self.seeds[label][place], "trained"
+
+    def other(self, a: str, b: str) -> Name:
+        """The first trained network of `b` that has another seed than the first of `a`; its first, where none has."""
+        return self.network(b, int(self.seeds[b][0] == self.seeds[a][0] and len(self.seeds[b]) > 1))
 
     def pairs(self, a: str, b: str) -> Pairs:
         """Pairs of sites: of one label each site with itself, of two by matched depth in both directions."""
@@ -154,14 +170,12 @@ class _Part:
         first = {self.network(label): self.sides[self.network(label)] for label in labels}
         second = {self.network(label, 1): self.sides[self.network(label, 1)] for label in several}
         (A, rows), (B, columns) = merged(first), merged(first | second)
-        both = [
-            (self.network(a), self.network(b, int(a == b))) for a, b in _label_pairs(labels) if a != b or b in several
-        ]
+        both = [(self.network(a), self.other(a, b)) for a, b in _label_pairs(labels) if a != b or b in several]
         pairs = [pair for one, other in both for pair in self._named_pairs(one, other)]
         null = plane_null(MEASURE, A, B, pairs=pairs, permutations=permutations, seed=self.seed, **OPTIONS)
 
         def of(a: str, b: str) -> Null:
-            one, other = self.network(a), self.network(b, int(a == b))
+            one, other = self.network(a), self.other(a, b)
             here = (..., rows[one], columns[other])
             names = {"rows": self.sides[one].names, "columns": self.sides[other].names}
             return dataclasses.replace(
@@ -205,8 +219,12 @@ class _Part:
         labels = dict.fromkeys((a, b))
         single = [f"{label!r}" for label in labels if len(self.seeds[label]) == 1]
         bare = [f"{label!r}" for label in labels if not self.twins[label]]
+        shared = a != b and self.seeds[a] == self.seeds[b] and len(self.seeds[a]) == 1
+        twins = ["both of the same seed: where they share an encoder, it began with the same weights"] if shared else []
         notes = [f"one seed of {' and '.join(single)}: no ceiling, so no u"] if single else []
-        return "; ".join(notes + ([f"no untrained twin of {' and '.join(bare)}: no floor, so no u"] if bare else []))
+        return "; ".join(
+            twins + notes + ([f"no untrained twin of {' and '.join(bare)}: no floor, so no u"] if bare else [])
+        )
 
 
 def site_of(network: Name, site: str) -> str:

@@ -18,6 +18,7 @@ FOLLOWED = HEADLINE, ON_THE_RULER, BEFORE_TRAINING = ("similarity", "u", "floor"
 LEVEL = 0.05
 WHEN = {
     "family": "of one family",
+    "architecture": "of the same architecture",
     "encoder": "with the same encoder",
     "pretraining": "alike in being pretrained or not",
     "task score": "near in task score",
@@ -45,7 +46,8 @@ def what_it_follows(matrix: pd.DataFrame, facts: pd.DataFrame, *, permutations: 
 
 def factors_of(facts: pd.DataFrame) -> dict[str, np.ndarray]:
     """factor -> (labels, labels): 1 where the same family, encoder or pretraining; −|difference| of task scores."""
-    kinds = {"family": "family", "encoder": "encoder", "pretraining": "pretrained"}
+    kinds = {"family": "family", "architecture": "architecture", "encoder": "encoder", "pretraining": "pretrained"}
+    kinds = {name: column for name, column in kinds.items() if column in facts}
     found = {name: factors.same(facts[column]) for name, column in kinds.items()}
     return found | {"task score": factors.nearness(facts["iou"])}
 

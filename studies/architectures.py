@@ -42,7 +42,7 @@ class ArchitecturesConfig(GridConfig):
     """
     Args:
         resamples: subsamples of the images, for the intervals of similarities
-        permutations: of the networks, for what similarity follows; and of the images, for the null
+        permutations: of the networks, for what similarity follows
         compare: whether similarities are computed at all
     """
 
@@ -95,7 +95,15 @@ def compare(config: ArchitecturesConfig, cells: list[Cell], folder: Path, tables
         synthetic=config.is_synthetic,
     )
     visualization.save(figure, folder / "matrix.png")
-    return f"## Do they compute the same?\n{text}\n\n![similarity matrix](matrix.png)\n"
+    figure = matrix_figures.u_by_depth(
+        found["depth"],
+        facts,
+        title="Where along the depth are architectures alike?",
+        caption="Means over pairs of sites in quarters of relative depth; values beyond -1 and 2 are not shown.",
+        synthetic=config.is_synthetic,
+    )
+    visualization.save(figure, folder / "depth.png")
+    return f"## Do they compute the same?\n{text}\n\n![similarity matrix](matrix.png)\n\n![u by depth](depth.png)\n"
 
 
 def fact_table(cells: list[Cell], jobs: dict[str, TrainConfig], scores: pd.DataFrame, share: float) -> pd.DataFrame:
@@ -130,8 +138,8 @@ def encoder_attends(job: TrainConfig) -> bool:
     """Whether the image encoder is a transformer."""
     if job.model == "segformer":
         return True
-    if job.model == "mask2former":
-        return "cnn" not in job.options.get("encoder", {})
+    if job.model == "mask2former" and "cnn" not in job.options.get("encoder", {}):
+        return True
     return encoder_name(job.spec).startswith(OF_TRANSFORMERS)
 
 

@@ -21,7 +21,8 @@ from studies.cells import Cell
 from utils import git_commit, markdown_table, write_table, write_text
 
 SHOWN_IMAGES, SHOWN_NETWORKS = 4, 6  # in the picture of predictions
-INTERVAL = "intervals: 95 %, bootstrap over seeds and images"
+RANDOM = "random"
+INTERVAL = "intervals: 95 %, over images and, from three seeds on, over seeds"
 
 
 def share_words(fraction: float) -> str:
@@ -100,7 +101,7 @@ def pooled(cells: Iterable[Cell], folder: Path, label: str) -> np.ndarray:
     """(C, C) pixels of all seeds and test images of a label at the largest share of the data."""
     groups = grid_tables.by_group(cells)
     share = max(fraction for known, fraction in groups if known == label)
-    return grid_tables.pooled_confusions(groups[label, share], folder / "cells").sum(0)
+    return grid_tables.pooled_confusions(groups[label, share], folder / "cells")
 
 
 def confusions(config, cells: list[Cell], folder: Path) -> pd.DataFrame:
@@ -121,7 +122,7 @@ def write_page(
     question: str,
     overview: pd.DataFrame,
     cells: list[Cell],
-    weights: set[str],
+    starts: dict[str, str],
     test: SegmentationDataset,
     tables: dict[str, pd.DataFrame],
     folder: Path,
@@ -129,14 +130,14 @@ def write_page(
 ) -> None:
     """summary.md of a grid study, with `more` of the study's own before the scores.
 
-    overview : of all cells; cells : the finished ones; weights : what their encoders started from; test : images
+    overview : of all cells; cells : the finished ones; starts : label -> what its encoder started from; test : images
     """
     drawn = figures(config, cells, folder, tables)
     if test.transform.size == config.image_size:  # else each network sees them at another size
         first_predictions(config, cells, folder, test)
         drawn += ["predictions"] if config.is_synthetic else []  # real photographs stay with who may have them
     classes = confusions(config, cells, folder)
-    start = " All networks start from random weights." if weights == {"none"} else ""
+    start = " All networks start from random weights." if set(starts.values()) == {RANDOM} else ""
     data = "**Synthetic images** (embedded set)" if config.is_synthetic else f"Images of `{Path(config.data).name}`"
     done, whole = (overview["state"] == "finished").sum(), len(overview)
     notes = "" if done == whole else f"\n{whole - done} of {whole} cells are not finished:\n{unfinished(overview)}"
@@ -149,9 +150,10 @@ def write_page(
 {notes}
 {more}
 ## Scores
-{score_words(tables["scores"])}
-IoU: mean over images of each image's own (of several classes, over those that it has) and over seeds; {INTERVAL}. mIoU
-and class accuracy: of pixels pooled over images, means over the classes {", ".join(config.class_names)}.
+{score_words(tables["scores"], starts)}
+IoU: mean over images of each image's own (of several classes, over those that it has). mIoU and class accuracy: of
+pixels pooled over images, means over the classes {", ".join(config.class_names)}. All are means over seeds;
+{INTERVAL}. Other image sets: IoU / mIoU.
 {pictures}
 ## Classes
 {class_words(classes)}
@@ -173,7 +175,7 @@ All numbers: `runs.csv` (a row a training), `scores.csv`, `paired.csv`, `costs.c
 `data.json`. Commit {git_commit()}.
 """,
     )
-    print(score_words(tables["scores"]))
+    print(score_words(tables["scores"], starts))
 
 
 def unfinished(overview: pd.DataFrame) -> str:
@@ -182,19 +184,22 @@ def unfinished(overview: pd.DataFrame) -> str:
     return "".join(f"- {row.name}: {row.state} {row.error.splitlines()[0] if row.error else ''}\n" for row in rows)
 
 
-def score_words(scores: pd.DataFrame) -> str:
-    """Test, training and transfer scores, a row a label and share of the data."""
-    sets = list(dict.fromkeys(scores["images"]))
+def score_words(scores: pd.DataFrame, starts: dict[str, str]) -> str:
+    """Test, training, validation and transfer scores, a row a label and share of the data."""
+    others = [name for name in dict.fromkeys(scores["images"]) if name != "test"]
     rows = []
     for (label, fraction), group in scores.groupby(["label", "fraction"], sort=False):
         by_set = group.set_index("images")
         test = by_set.loc["test"]
-        row = [label, share_words(fraction), test["seeds"], ranged(test["iou"], test["low"], test["high"])]
+        row = [label, starts[label], share_words(fraction), test["seeds"]]
+        row += [
+            ranged(test["iou"], test["low"], test["high"]),
+            "–" if np.isnan(test["seed_sd"]) else f"{test['seed_sd']:.3f}",
+        ]
         row += [ranged(test["miou"], test["miou_low"], test["miou_high"]), f"{test['class_accuracy']:.3f}"]
-        row += ["–" if np.isnan(test["seed_sd"]) else f"{test['seed_sd']:.3f}"]
-        rows.append([*row, *(f"{by_set.loc[name, 'iou']:.3f}" for name in sets if name != "test")])
-    header = ["network", "data", "seeds", "test IoU (95 %)", "mIoU (95 %)", "class accuracy", "sd over seeds"]
-    return markdown_table([*header, *(f"{name} IoU" for name in sets if name != "test")], rows)
+        rows.append([*row, *(f"{by_set.loc[name, 'iou']:.3f} / {by_set.loc[name, 'miou']:.3f}" for name in others)])
+    header = ["network", "start", "data", "seeds", "test IoU (95 %)", "sd over seeds", "mIoU (95 %)", "class accuracy"]
+    return markdown_table([*header, *others], rows)
 
 
 def class_words(classes: pd.DataFrame) -> str:

@@ -19,15 +19,15 @@ import pandas as pd
 from dataset import SegmentationDataset
 from models import build_model, check_image_size
 from recipes import OVERFIT_IOU, TrainConfig, check_cache_features, check_recipe, objective
-from sources import open_datasets
+from sources import CHOICE_OF_IMAGES, open_datasets
 from studies import grid, grid_tables
 from studies.cells import Cell, cells_of, check_settings
-from studies.grid_report import write_page
-from studies.grid_work import job_of, other_source, work
+from studies.grid_report import RANDOM, write_page
+from studies.grid_work import job_of, other_source, score_all, work
 from studies.launch import check_launcher, launch
 from studies.results_folder import open_results
 from studies.timing import time_a_step
-from utils import InputError, refuse_other_run, resolve_device, write_table
+from utils import InputError, progress, refuse_other_run, resolve_device, write_table
 
 
 @dataclass
@@ -70,6 +70,8 @@ class GridConfig(TrainConfig):
     out: str | None = None
 
 
+# Settings that change the report and no cell: a finished grid may be reported anew with others.
+OF_THE_REPORT = ("target", "transfer", "scored_train", "resamples", "permutations", "compare")
 # (the study's settings, its finished cells, the results folder, the tables so far) -> more of the page
 Report = Callable[[Any, list[Cell], Path, dict[str, pd.DataFrame]], str]
 
@@ -88,24 +90,34 @@ def run_grid(config: GridConfig, study: str, question: str, more: Report) -> Pat
     if config.dry_run:
         print(plan)
         return folder
-    open_results(config, datasets, resolve_device(config.device))
+    open_results(config, datasets, resolve_device(config.device), OF_THE_REPORT)
     print(plan.strip().splitlines()[-1], flush=True)
     run_one = functools.partial(
         grid.run_cell, folder=place, work=functools.partial(work, config=config), retry=config.retry
     )
     launch(cells, run_one, config.launcher, config.jobs, place, config.launcher_options)
     print(grid.page(grid.overview(cells, place), place, f"python experiments.py {study} …"), flush=True)
-    done = grid_tables.finished(cells, place)
+    # what a cell does not change is the study's own setting
+    base = {"seed": config.seed, "fraction": config.fraction}
+    done = [Cell(cell.labels, base | dict(cell.changes)) for cell in grid_tables.finished(cells, place)]
     if not done:
         raise InputError(f"none of the {len(cells)} cells is finished, so there is nothing to report; see {place}")
     if config.overfit:
         overfit_page(config, cells, folder)
         return folder
+    jobs = {cell.name: job_of(config, cell, place / cell.name) for cell in done}
+    for cell in progress(done, desc="scores", unit="cell"):
+        score_all(jobs[cell.name], place / cell.name, config)  # image sets that were asked for later
     tables = all_tables(config, done, folder)
     text = more(config, done, folder, tables)
-    weights = {job_of(config, cell, place / cell.name).weights for cell in done}
-    write_page(config, question, grid.overview(cells, place), done, weights, datasets["test"], tables, folder, text)
+    starts = {grid_tables.label_of(cell): start_of(jobs[cell.name].weights) for cell in done}
+    write_page(config, question, grid.overview(cells, place), done, starts, datasets["test"], tables, folder, text)
     return folder
+
+
+def start_of(weights: str) -> str:
+    """What a training's weights setting means, in a word or by the name of its file."""
+    return {"none": RANDOM, "imagenet": "ImageNet"}.get(weights) or Path(weights).name
 
 
 def settle(config: GridConfig, study: str) -> tuple[GridConfig, list[Cell]]:
@@ -133,19 +145,38 @@ def check(config: GridConfig, cells: list[Cell], place: Path) -> None:
         raise InputError(f"processes must be at least 1, got {config.processes}")
     if config.scored_train < 1:
         raise InputError(f"scored_train must be at least 1, got {config.scored_train}")
-    refuse_other_run(Path(config.out), dataclasses.asdict(config))
-    seen = set()
+    refuse_other_run(Path(config.out), dataclasses.asdict(config), OF_THE_REPORT)
+    seen, opened = set(), set()
     for cell in cells:
         job = job_of(config, cell, place / cell.name)
+        check_images(config, cell, job, opened)
         check_recipe(job)
         check_cache_features(job)
         objective(job)
-        for name, settings in config.transfer.items():
-            other_source(job, name, settings)
         kind = json.dumps(dataclasses.asdict(job.spec), sort_keys=True), job.image_size
         if kind not in seen:
             seen.add(kind)
             check_image_size(build_model(job.spec), job.image_size, job.image_size)
+
+
+def check_images(config: GridConfig, cell: Cell, job: TrainConfig, opened: set) -> None:
+    """Refuse image sets that a cell would stumble over at its end, and shares that cannot make equally many steps."""
+    if others := sorted(set(cell.changes) & set(CHOICE_OF_IMAGES) - {"fraction", "fraction_seed", "repeats"}):
+        raise InputError(f"axes may not change {', '.join(others)}: all cells of a grid are scored on the same images")
+    if config.same_steps and job.fraction < 1 and abs(job.fraction * job.repeats - 1) > 0.05:
+        raise InputError(
+            f"fraction {job.fraction:g}: whole repeats of its images cannot make as many steps as all images do; use "
+            "1/2, 1/3, 1/4 and so on, or set same_steps false"
+        )
+    part = job.fraction, job.fraction_seed, job.image_size
+    if job.fraction < 1 and part not in opened:
+        open_datasets(job, needed=("train",))  # a share that leaves no image of a class
+    for name, settings in config.transfer.items():
+        source = other_source(job, name, settings)
+        if (name, job.image_size) not in opened:
+            open_datasets(source, needed=("test",))
+        opened.add((name, job.image_size))
+    opened.add(part)
 
 
 def estimate_cell(cell: Cell, config: GridConfig, datasets: dict, place: Path, known: dict) -> float:

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, wilcoxon
 
-from class_metrics import confusions_of, mean_class_accuracy, mean_iou, pooled_interval
+from class_metrics import confusions_of, mean_class_accuracy, mean_iou
 from costs import measure
+from similarity import intervals
 from studies.cells import Cell, text_of
 from studies.grid import FINISHED
-from studies.segmentation import mean_with_interval
-from utils import progress, write_text
+from utils import progress, resolve_device, write_text
 
-SEED, FRACTION = "seed", "fraction"
+SEED, FRACTION = "seed", "fraction"  # a cell of a report has both among its changes
+RESAMPLES = 1000
 Group = tuple[str, float]  # (label, fraction of the training images)
 
 
@@ -33,7 +34,7 @@ def label_of(cell: Cell) -> str:
 
 
 def group_of(cell: Cell) -> Group:
-    return label_of(cell), float(cell.changes.get(FRACTION, 1.0))
+    return label_of(cell), float(cell.changes[FRACTION])
 
 
 def finished(cells: Iterable[Cell], folder: Path) -> list[Cell]:
@@ -59,17 +60,25 @@ def run_table(cells: Sequence[Cell], folder: Path, target: float) -> pd.DataFram
         own = folder / cell.name
         history = pd.read_csv(own / "run" / "history.csv")
         label, fraction = group_of(cell)
-        row = {"label": label, "fraction": fraction, "seed": int(cell.changes.get(SEED, 0))}
+        row = {"label": label, "fraction": fraction, "seed": seed_of(cell)}
         for name in image_sets_of(own):
+            matrix = confusions_in(own, name)[1].sum(0)
             row |= {f"{name}_iou": pd.read_csv(own / f"{name}.csv")["iou"].mean()}
-            _, matrices = confusions_of(pd.read_csv(own / f"{name}-confusion.csv"))
-            row |= {f"{name}_miou": mean_iou(matrices.sum(0))}
-            row |= {f"{name}_class_accuracy": mean_class_accuracy(matrices.sum(0))}
+            row |= {f"{name}_miou": mean_iou(matrix), f"{name}_class_accuracy": mean_class_accuracy(matrix)}
         reached = history.loc[history["validation_iou"] >= target, "epoch"]
-        row |= {"validation_iou": history["validation_iou"].max(), "epochs": len(history)}
+        row |= {"best_validation_iou": history["validation_iou"].max(), "epochs": len(history)}
         row |= {"epochs_to_target": reached.min() if len(reached) else np.nan, "seconds": history["seconds"].sum()}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def seed_of(cell: Cell) -> int:
+    return int(cell.changes[SEED])
+
+
+def confusions_in(cell_folder: Path, images: str) -> tuple[list[str], np.ndarray]:
+    """(ids, (images, C, C) pixels) of a cell on an image set."""
+    return confusions_of(pd.read_csv(cell_folder / f"{images}-confusion.csv", dtype={"id": str}))
 
 
 def image_sets_of(cell_folder: Path) -> list[str]:
@@ -79,41 +88,81 @@ def image_sets_of(cell_folder: Path) -> list[str]:
 
 
 def image_scores(cells: Sequence[Cell], folder: Path, images: str = "test", metric: str = "iou") -> pd.DataFrame:
-    """Per-image values of one group: a row a seed, a column an image."""
+    """Per-image values of one group: a row a seed, a column an image; NaN where a seed was not scored on an image."""
     columns = {}
     for cell in cells:
         table = pd.read_csv(folder / cell.name / f"{images}.csv", dtype={"id": str})
-        columns[int(cell.changes.get(SEED, 0))] = table.set_index("id")[metric]
+        columns[seed_of(cell)] = table.set_index("id")[metric]
     return pd.DataFrame(columns).T.sort_index()
 
 
 def pooled_confusions(cells: Sequence[Cell], folder: Path, images: str = "test") -> np.ndarray:
-    """(images, C, C) pixels of one group, summed over its seeds."""
-    totals: dict[str, np.ndarray] = {}
-    for cell in cells:
-        ids, matrices = confusions_of(pd.read_csv(folder / cell.name / f"{images}-confusion.csv", dtype={"id": str}))
-        for id_, matrix in zip(ids, matrices):
-            totals[id_] = totals[id_] + matrix if id_ in totals else matrix
-    return np.stack([totals[id_] for id_ in sorted(totals)])
+    """(C, C) pixels of one group: of all its images, summed over its seeds."""
+    return sum(confusions_in(folder / cell.name, images)[1].sum(0) for cell in cells)
+
+
+def mean_with_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of values (seeds, images): the mean over seeds of each one's mean over images.
+
+    The variance over images (of the mean over seeds) and, from three seeds on, that over seeds add; the interval is
+    Student's with Satterthwaite's degrees of freedom (`similarity.intervals`). With fewer seeds it speaks of these
+    networks only. No interval where the seeds saw other images, or fewer than two.
+    """
+    each = np.nanmean(values, axis=1)
+    if np.isnan(values).any() or values.shape[1] < 2:
+        return float(each.mean()), np.nan, np.nan
+    image_se = values.mean(0).std(ddof=1) / np.sqrt(values.shape[1])
+    return float(each.mean()), *_interval(each, image_se, level)
+
+
+def _interval(each: np.ndarray, image_se: float, level: float = 0.95) -> tuple[float, float]:
+    """(low, high) of the mean of one value a seed, given its standard error over images."""
+    count = len(each)
+    variances = [each.var(ddof=1) / count] if count > 2 else []
+    se, df = intervals.combine(image_se, variances, [count] * len(variances))
+    low, high = intervals.interval(each.mean(), se, df=df, level=level)
+    return float(low), float(high)
+
+
+def pooled_with_interval(
+    matrices: Sequence[np.ndarray], statistic: Callable[[np.ndarray], float], seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean over seeds, low, high) of a statistic of each seed's pooled confusion matrix, intervals as above.
+
+    matrices : one (images, C, C) a seed. The standard error over images is a bootstrap's (`RESAMPLES` draws, the same
+    images for all seeds); none where the seeds saw other numbers of images, or fewer than two.
+    """
+    each = np.array([statistic(matrix.sum(0)) for matrix in matrices])
+    count = len(matrices[0])
+    if count < 2 or any(len(matrix) != count for matrix in matrices):
+        return float(each.mean()), np.nan, np.nan
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    drawn = np.zeros(RESAMPLES)
+    for matrix in matrices:
+        pooled = np.tensordot(times.astype(np.float64), matrix.astype(np.float64), 1)
+        drawn += [statistic(one) / len(matrices) for one in pooled]
+    return float(each.mean()), *_interval(each, drawn.std(ddof=1))
 
 
 def score_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.DataFrame:
-    """One row a group and image set: iou (mean over images of per-image values, and seeds) with low and high.
+    """One row a group and image set: iou, miou and class_accuracy, each with _low and _high (of iou low and high).
 
-    Intervals of iou draw seeds and images anew (bootstrap, 95 %). miou and class_accuracy are of pixels pooled over
-    images and seeds, their intervals over images alone. seed_sd is the standard deviation of the seeds' mean IoU.
+    iou is the mean over images of per-image values; miou and class_accuracy are of a seed's pooled pixels; all are
+    means over seeds, with intervals as of `mean_with_interval`. seed_sd and miou_sd: standard deviations over seeds.
     """
     rows = []
     for (label, fraction), cells in groups.items():
         for images in image_sets_of(folder / cells[0].name):
             values = image_scores(cells, folder, images)
             mean, low, high = mean_with_interval(values.to_numpy())
-            row = {"label": label, "fraction": fraction, "images": images, "seeds": len(values), "n": values.shape[1]}
-            row |= {"iou": mean, "low": low, "high": high}
+            row = {"label": label, "fraction": fraction, "images": images, "seeds": len(values)}
+            row |= {"n": int(values.notna().sum(axis=1).min()), "iou": mean, "low": low, "high": high}
             row["seed_sd"] = values.mean(axis=1).std(ddof=1) if len(values) > 1 else np.nan
-            matrices = pooled_confusions(cells, folder, images)
+            matrices = [confusions_in(folder / cell.name, images)[1] for cell in cells]
             for name, statistic in (("miou", mean_iou), ("class_accuracy", mean_class_accuracy)):
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), pooled_interval(matrices, statistic, seed=0)))
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), pooled_with_interval(matrices, statistic)))
+            each = [mean_iou(matrix.sum(0)) for matrix in matrices]
+            row["miou_sd"] = float(np.std(each, ddof=1)) if len(each) > 1 else np.nan
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -121,8 +170,8 @@ def score_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.Data
 def paired_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.DataFrame:
     """Every two labels at one fraction: the difference of their IoU on the same seeds and test images.
 
-    low, high: bootstrap over seeds and images, 95 %. p_value: Wilcoxon's signed-rank test over images of the mean over
-    seeds (two-sided; of these networks, seeds are not drawn anew); q_value: Benjamini-Hochberg over the whole table.
+    low, high: as of `mean_with_interval`. p_value: Wilcoxon's signed-rank test over images of the mean over seeds
+    (two-sided; of these networks, seeds are not drawn anew); q_value: Benjamini-Hochberg over the whole table.
     """
     rows = []
     for (a, b), fraction in itertools.product(
@@ -156,7 +205,7 @@ def histories(cells: Sequence[Cell], folder: Path) -> pd.DataFrame:
     tables = []
     for cell in cells:
         label, fraction = group_of(cell)
-        known = {"label": label, "fraction": fraction, "seed": int(cell.changes.get(SEED, 0))}
+        known = {"label": label, "fraction": fraction, "seed": seed_of(cell)}
         tables.append(pd.read_csv(folder / cell.name / "run" / "history.csv").assign(**known))
     return pd.concat(tables, ignore_index=True)
 
@@ -173,7 +222,7 @@ def cost_table(
         first.setdefault(label, cells[0])
     rows = []
     for label, cell in progress(first.items(), desc="costs", unit="model"):
-        path = folder / cell.name / f"costs-{device}.json"
+        path = folder / cell.name / f"costs-{resolve_device(device).type}.json"
         if not path.exists():
             found = measure(folder / cell.name / "run" / "best", sizes[cell.name], device)
             write_text(path, json.dumps(found, indent=1) + "\n")

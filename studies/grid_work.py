@@ -28,7 +28,7 @@ from studies.cells import Cell, merged
 from train import train
 from utils import HOME, InputError, progress, resolve_device, write_table, write_text
 
-TRAINED_ON = "train"  # the image set that a network is scored on beside the others, without augmentation
+TRAINED_ON, VALIDATION = "train", "validation"  # image sets that networks are scored on, too, without augmentation
 
 
 def job_of(config, cell: Cell, folder: Path) -> TrainConfig:
@@ -60,7 +60,14 @@ def work(cell: Cell, folder: Path, config) -> None:
         train_in_processes(job, config.processes, folder)
     else:
         train(job)
-    if job.overfit:
+    if not job.overfit:
+        score_all(job, folder, config)
+
+
+def score_all(job: TrainConfig, folder: Path, config) -> None:
+    """Score a cell's network on the image sets on which it was not scored before."""
+    names = ["test", VALIDATION, TRAINED_ON, *config.transfer]
+    if all((folder / f"{name}.csv").exists() for name in names):
         return
     model, _ = load_model(Path(job.out) / "best")
     model.to(resolve_device(job.device))
@@ -86,10 +93,11 @@ def train_in_processes(job: TrainConfig, number: int, folder: Path) -> None:
 
 
 def image_sets(job: TrainConfig, transfer: Mapping[str, Mapping], most: int) -> dict[str, SegmentationDataset]:
-    """{name: images as they are}: the training's test images, some of those it was trained on, and other data sets'."""
-    opened = open_datasets(job, seed=job.seed, needed=("train", "test"))
+    """{name: images as they are}: the training's own (some of those it was trained on), and other data sets'."""
+    opened = open_datasets(job, seed=job.seed)
     known = cap(opened["train"].pairs, most)
-    found = {"test": opened["test"], TRAINED_ON: SegmentationDataset(known, job.transform.unaugmented)}
+    found = {"test": opened["test"], VALIDATION: opened["validation"]}
+    found |= {TRAINED_ON: SegmentationDataset(known, job.transform.unaugmented)}
     for name, settings in transfer.items():
         found[name] = open_datasets(other_source(job, name, settings), needed=("test",))["test"]
     return found
@@ -97,7 +105,7 @@ def image_sets(job: TrainConfig, transfer: Mapping[str, Mapping], most: int) -> 
 
 def other_source(job: TrainConfig, name: str, settings: Mapping) -> ImageSource:
     """The images of a transfer: other data, seen by the model at its own size."""
-    if name in ("test", TRAINED_ON):
+    if name in ("test", TRAINED_ON, VALIDATION):
         raise InputError(f"transfer: {name!r} is one of the run's own image sets; choose another name")
     kept = {field.name: getattr(job, field.name) for field in dataclasses.fields(ImageSource)}
     kept = {key: value for key, value in kept.items() if key not in CHOICE_OF_IMAGES}
@@ -106,6 +114,11 @@ def other_source(job: TrainConfig, name: str, settings: Mapping) -> ImageSource:
         raise InputError(
             f"transfer {name!r} has {source.num_classes} classes and the training {job.num_classes}; say with classes "
             "and mask_values which of its values mean which class"
+        )
+    if job.num_classes > 2 and source.class_names != job.class_names:
+        raise InputError(
+            f"transfer {name!r} has the classes {', '.join(source.class_names)}, the training "
+            f"{', '.join(job.class_names)}; give the transfer the training's classes, with mask_values that mean them"
         )
     return source
 

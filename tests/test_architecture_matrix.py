@@ -285,3 +285,28 @@ def test_the_square_of_a_part_is_symmetric_and_complete(by_family):
     *_, tables = by_family
     square = as_square(tables["matrix"].query("part == 'encoder'"), "similarity")
     assert square.shape == (10, 10) and square.notna().all().all() and (square == square.T).all().all()
+
+
+def test_networks_that_began_as_one_do_not_lift_the_floor():
+    """Two architectures on one encoder hold the same initial weights at one seed: such pairs say nothing of chance."""
+    rng = np.random.default_rng(0)
+    ids = [f"i{k:03d}" for k in range(40)]
+    start = {seed: rng.normal(size=(40, 12)) for seed in (0, 1, 2)}
+    names = ("encoder.1", "encoder.2", "decoder.1", "decoder.2")
+    networks = {}
+    for label in ("U-Net", "FPN"):
+        for seed in (0, 1, 2):
+            for state in ("trained", "untrained"):
+                values = start[seed] if state == "untrained" else rng.normal(size=(40, 12))
+                features = {
+                    name: torch.as_tensor(values) for name in ("encoder.1", "encoder.2", "decoder.1", "decoder.2")
+                }
+                sites = [Site(name, ("batch", "channel"), part=name.split(".")[0]) for name in features]
+                networks[label, seed, state] = Recording(features, ids, sites, "gap", "m", "d")
+    facts = pd.DataFrame(
+        [(label, label, "CNN", "resnet", False, 0.7) for label in ("U-Net", "FPN")],
+        columns=["label", "title", "family", "encoder", "pretrained", "iou"],
+    )
+    matrix = architecture_matrix.compare(networks, facts, resamples=8, permutations=10, seed=0)["matrix"]
+    pair = matrix[(matrix["label_a"] != matrix["label_b"]) & (matrix["part"] == "encoder")].iloc[0]
+    assert abs(pair["floor"]) < 0.2 and pair["network_pairs"] == 6

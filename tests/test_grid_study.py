@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
-from scipy.stats import wilcoxon
+from scipy.stats import t, wilcoxon
 
 from experiments import load_config, spelt_out
 from studies import architectures, encoders, grid_study
 from studies.cells import cells_of
 from studies.encoders import EncodersConfig
+from studies.grid_tables import mean_with_interval
 from studies.grid_work import job_of
 from utils import HOME, InputError
 
@@ -44,9 +45,17 @@ def results(tmp_path_factory):
 def test_every_cell_is_trained_scored_and_reported(results):
     runs = pd.read_csv(results / "runs.csv")
     assert len(runs) == 8 and set(runs["label"]) == {"ViT", "Swin"}
-    assert {"test_iou", "train_iou", "elsewhere_iou", "validation_iou", "epochs_to_target", "seconds"} <= set(runs)
+    assert {
+        "test_iou",
+        "train_miou",
+        "validation_miou",
+        "elsewhere_iou",
+        "best_validation_iou",
+        "epochs_to_target",
+        "seconds",
+    } <= set(runs)
     page = (results / "summary.md").read_text()
-    assert "**Synthetic images**" in page and "random weights" in page and "elsewhere IoU" in page
+    assert "**Synthetic images**" in page and "random weights" in page and "elsewhere" in page
     for name in ("data_curve", "costs", "loss_curves", "confusion", "predictions"):
         assert (results / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in page
 
@@ -58,8 +67,50 @@ def test_scores_are_the_means_of_each_images_own(results):
     ]
     row = scores.loc[("ViT", 0.5, "test")]
     assert row["iou"] == pytest.approx(np.mean([table["iou"].mean() for table in tables]), abs=1e-5)
+    pooled = [from_confusion_file(results, seed) for seed in (0, 1)]
+    assert row["miou"] == pytest.approx(np.mean(pooled), abs=1e-4)
     assert row["seed_sd"] == pytest.approx(np.std([table["iou"].mean() for table in tables], ddof=1), abs=1e-5)
     assert (row["seeds"], row["n"]) == (2, 20) and row["low"] <= row["iou"] <= row["high"]
+
+
+def from_confusion_file(results, seed) -> float:
+    """Mean IoU over both classes of all pixels of one network, by hand."""
+    table = pd.read_csv(results / "cells" / f"encoder-ViT--fraction-0.5--seed-{seed}" / "test-confusion.csv")
+    count = table.groupby(["true", "predicted"])["pixels"].sum()
+    return np.mean([count[k, k] / (count[k].sum() + count[1 - k, k]) for k in (0, 1)])
+
+
+def test_intervals_over_images_alone_are_the_means_own(results):
+    scores = pd.read_csv(results / "scores.csv").set_index(["label", "fraction", "images"])
+    folder = results / "cells"
+    tables = [pd.read_csv(folder / f"encoder-Swin--fraction-1.0--seed-{s}" / "test.csv") for s in (0, 1)]
+    values = np.mean([table.sort_values("id")["iou"] for table in tables], axis=0)
+    row = scores.loc[("Swin", 1.0, "test")]
+    assert row["high"] - row["iou"] == pytest.approx(1.959964 * values.std(ddof=1) / np.sqrt(20), rel=1e-3)
+
+
+def test_three_seeds_widen_an_interval_by_students_t():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 200)) * 0.01 + np.array([[0.5], [0.6], [0.7]])  # seeds differ, images do not
+    mean, low, high = mean_with_interval(values)
+    reach = t.ppf(0.975, 2) * values.mean(1).std(ddof=1) / np.sqrt(3)
+    assert (mean - low, high - mean) == pytest.approx((reach, reach), rel=2e-3)
+
+
+def test_what_a_cell_does_not_change_is_the_studys_own_setting(tmp_path):
+    axes = {"encoder": {"Swin": {}}}
+    folder = encoders.run(config_of(tmp_path / "out", axes=axes, fraction=0.5, seed=5, model="mask2former"))
+    assert pd.read_csv(folder / "runs.csv")[["fraction", "seed"]].to_numpy().tolist() == [[0.5, 5]]
+    assert "| 50 % |" in (folder / "summary.md").read_text()
+
+
+def test_a_finished_grid_is_scored_on_other_images_later(tmp_path):
+    config = config_of(tmp_path / "out", axes={"seed": [0]}, model="segformer")
+    folder = encoders.run(config)
+    history = (folder / "cells" / "seed-0" / "run" / "history.csv").stat().st_mtime_ns
+    encoders.run(dataclasses.replace(config, transfer={"elsewhere": {"synthetic_seed": 3}}, target=0.5))
+    assert "elsewhere_iou" in pd.read_csv(folder / "runs.csv")
+    assert (folder / "cells" / "seed-0" / "run" / "history.csv").stat().st_mtime_ns == history
 
 
 def test_differences_are_of_the_same_images_and_seeds(results):
@@ -199,6 +250,15 @@ def test_a_transfer_to_other_classes_is_refused_before_anything_runs(pets, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_transfer_to_classes_of_other_meaning_is_refused(pets, tmp_path):
+    known = {"data": str(pets), "layout": "pet", "classes": ["a", "b", "c"], "mask_values": [[1], [2], [3]]}
+    config = config_of(
+        tmp_path / "out", axes={"seed": [0]}, transfer={"pets": {"layout": "pet", "classes": []}}, **known
+    )
+    with pytest.raises(InputError, match="has the classes pet, background, border, the training a, b, c"):
+        encoders.run(config)
+
+
 def test_pets_against_background_are_a_transfer_of_lesions(pets, tmp_path):
     values = {"data": str(pets), "layout": "pet", "classes": ["background", "pet"], "mask_values": [[2], [1, 3]]}
     config = config_of(tmp_path / "out", transfer={"pets": values}, axes={"seed": [0]}, model="segformer")
@@ -220,6 +280,8 @@ def test_a_cell_may_be_trained_by_several_processes(tmp_path):
     [
         ({"axes": {"learning_rat": [1.0]}}, "learning_rate"),
         ({"axes": {"fraction": [0.0], "seed": [0]}}, "fraction 0"),
+        ({"axes": {"fraction": [0.75], "seed": [0]}}, "cannot make as many steps"),
+        ({"axes": {"limits": {"few": {"limits": {"train": 4}}}}}, "axes may not change limits"),
         ({"target": 2.0}, "target must be an IoU"),
         ({"scored_train": 0}, "scored_train must be at least 1"),
         ({"axes": {"model": ["unett"]}}, "unknown model 'unett'"),

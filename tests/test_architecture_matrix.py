@@ -95,7 +95,7 @@ def test_the_numbers_of_a_pair_are_the_rulers_by_hand(three):
             return {(i, j): plane("linear_cka", sides[a, i, state], sides[b, j, state]).values for i, j in pairs}
 
         A, B = sides["n0", 0, "trained"], sides["n1", 0, "trained"]
-        every = list(itertools.product(range(3), range(3)))
+        every = list(itertools.permutations(range(3), 2))  # two of one seed may have begun as one
         owns = [planes(label, label, "trained", own) for label in ("n0", "n1")]
         cross, floor = (planes("n0", "n1", state, every) for state in ("trained", "untrained"))
         comparison = Comparison(A.names, B.names, cross, *owns, floor)
@@ -104,7 +104,7 @@ def test_the_numbers_of_a_pair_are_the_rulers_by_hand(three):
         for name, value in comparison.scale(pairs).items():
             assert row[name] == pytest.approx(float(value), abs=1e-9), name
             assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
-        assert row["site_pairs"] == len(pairs) and row["network_pairs"] == 9
+        assert row["site_pairs"] == len(pairs) and row["network_pairs"] == 6
         assert row["interval_over"] == "images and seeds"
         own_row = one(tables["matrix"], "n0", "n0", part)
         expected = np.mean([np.diagonal(values).mean() for values in owns[0].values()])
@@ -182,7 +182,7 @@ def test_networks_that_share_a_latent_by_family_follow_family(by_family):
     for part in ("encoder", "decoder"):
         for quantity in ("similarity", "u"):
             row = found.loc[(part, quantity, "family")]
-            assert row["p_holm"] < 0.05 and row["r"] > 0.9 and row["p_partial_holm"] < 0.05
+            assert row["p_holm"] < 0.05 and row["r"] > 0.8 and row["p_partial_holm"] < 0.05
             assert found.loc[(part, quantity, "task score"), "p_holm"] > 0.05
         assert found.loc[(part, "floor", "family"), "p"] > 0.01  # untrained twins share no latent of a family
     words = sentence(tables, facts)
@@ -241,7 +241,8 @@ def test_one_seed_has_no_ceiling_and_so_no_u_and_says_so():
     tables = architecture_matrix.compare(networks, facts, **SMALL)
     row, own = (one(tables["matrix"], "n0", b, "encoder") for b in ("n1", "n0"))
     assert np.isnan(row[["ceiling", "u", "u_low"]].astype(float)).all() and not np.isnan(row["floor"])
-    assert row["note"] == "one seed of 'n0' and 'n1': no ceiling, so no u" and row["verdict"].startswith("no scale")
+    assert row["note"].endswith("one seed of 'n0' and 'n1': no ceiling, so no u") and "same seed" in row["note"]
+    assert row["verdict"].startswith("no scale")
     assert np.isnan(own["similarity"]) and own["note"] == "one seed of 'n0': no ceiling, so no u"
     u = tables["factors"].query("quantity == 'u'")
     assert u["p"].isna().all() and (u["reason"] == "3 of 3 pairs have no similarity").all()
@@ -292,7 +293,6 @@ def test_networks_that_began_as_one_do_not_lift_the_floor():
     rng = np.random.default_rng(0)
     ids = [f"i{k:03d}" for k in range(40)]
     start = {seed: rng.normal(size=(40, 12)) for seed in (0, 1, 2)}
-    names = ("encoder.1", "encoder.2", "decoder.1", "decoder.2")
     networks = {}
     for label in ("U-Net", "FPN"):
         for seed in (0, 1, 2):

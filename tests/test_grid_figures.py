@@ -198,7 +198,7 @@ def test_matrices_that_cannot_be_drawn_are_refused(matrix, names, words):
 def test_each_run_is_a_line_in_both_panels_and_unvalidated_epochs_are_left_out():
     figure = figures.loss_curves(history(), **TEXTS)
     left, right = figure.axes
-    assert (left.get_ylabel(), right.get_ylabel()) == ("training loss", "validation IoU")
+    assert (left.get_ylabel(), right.get_ylabel()) == ("training loss, each network's own", "validation IoU")
     assert len(left.lines) == len(right.lines) == 4
     assert list(left.lines[0].get_xdata()) == [1, 2, 3] and list(right.lines[0].get_xdata()) == [2, 3]
     words = [text.get_text() for text in figure.legends[0].get_texts()]

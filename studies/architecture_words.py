@@ -20,7 +20,7 @@ WHEN = {
     "family": "of one family",
     "architecture": "of the same architecture",
     "encoder": "with the same encoder",
-    "pretraining": "alike in being pretrained or not",
+    "pretraining": "of equal pretraining",
     "task score": "near in task score",
 }
 

@@ -58,6 +58,32 @@ def test_the_segmentation_scores_are_those_of_the_committed_tables():
         assert f"{jaccard['mean']:.3f} after" in words
 
 
+def test_the_scores_of_encoders_and_architectures_are_those_of_the_committed_tables():
+    words = " ".join(README.partition("### Encoders and architectures")[2].split())
+
+    def table(study, **chosen):
+        rows = pd.read_csv(PROJECT / "results" / f"{study}-isic2018_256" / "scores.csv").query("images == 'test'")
+        rows = rows[(rows[list(chosen)] == pd.Series(chosen)).all(axis=1)]
+        return rows.set_index("label")
+
+    full, few = (table("encoders", fraction=share) for share in (1.0, 0.05))
+    for label, start in (("MobileNetV2, ImageNet", "IoU of"), ("MobileNetV2, random", "from scratch")):
+        row = full.loc[label]
+        assert f"{start} {row['iou']:.3f} ({row['low']:.3f} … {row['high']:.3f})" in words
+    vits = [f"{kind} ViT, random" for kind in ("CLIP", "DINOv2", "MAE")]
+    assert f"at random weights {full.loc[vits, 'iou'].min():.3f} to {full.loc[vits, 'iou'].max():.3f}" in words
+    shown = [f"{few.loc[label, 'iou']:.3f}" for label in ("MobileNetV2, ImageNet", "MobileNetV2, random")]
+    span = f"{few.loc[vits, 'iou'].min():.3f} to {few.loc[vits, 'iou'].max():.3f}"
+    assert f"5 % of the images {', '.join(shown)} and {span}" in words
+    best = table("architectures", fraction=1.0).sort_values("iou").iloc[-1]
+    assert best.name == "UNet++, ImageNet"
+    assert f"UNet++ first with {best['iou']:.3f} ({best['low']:.3f} … {best['high']:.3f})" in words
+    matrix = pd.read_csv(PROJECT / "results" / "architectures-isic2018_256" / "matrix.csv")
+    same = matrix["label_a"].str.endswith("ImageNet") & matrix["label_b"].str.endswith("ImageNet")
+    u = matrix[same & (matrix["label_a"] != matrix["label_b"]) & (matrix["part"] == "encoder")]["u"]
+    assert f"(u {u.min():.2f} to {u.max():.2f})" in words
+
+
 def test_no_picture_of_a_photograph_is_committed():
     listed = subprocess.run(["git", "ls-files", "results"], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert not [

@@ -18,7 +18,10 @@ PRESET, DATA = os.environ.get("PRESET", "demo"), None
 # PRESET, DATA = "small", "data/isic2018"  # first: !python dataset.py download --to data/isic2018
 
 # %%
+import io
+
 import pandas as pd
+import PIL.Image
 import torch
 from IPython.display import Image, Markdown, display
 
@@ -29,6 +32,13 @@ from studies import architectures, encoders
 
 def settings(study):
     return load_config(study, ["--config", f"configs/{study}_{PRESET}.yaml", *(["--data", DATA] if DATA else [])])
+
+
+def show(path):
+    """A picture in 128 colours: a fifth of the bytes of the one in the results folder."""
+    small = io.BytesIO()
+    PIL.Image.open(path).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    display(Image(small.getvalue()))
 
 
 # %% [markdown]
@@ -70,14 +80,14 @@ folder = encoders.run(config)
 # training's seed, and a smaller one lies within a larger one.
 
 # %%
-display(Image(folder / "predictions.png"))
+show(folder / "predictions.png")
 
 # %%
-display(Image(folder / "data_curve.png"))
+show(folder / "data_curve.png")
 
 # %%
-display(Image(folder / "costs.png"))
-display(Image(folder / "confusion.png"))
+show(folder / "costs.png")
+show(folder / "confusion.png")
 
 # %% [markdown]
 # ## Architectures
@@ -89,17 +99,17 @@ runs = pd.read_csv(place / "runs.csv")
 runs.groupby("label", sort=False)[["train_iou", "validation_iou", "test_iou"]].mean().round(3)
 
 # %%
-display(Image(place / "predictions.png"))
+show(place / "predictions.png")
 
 # %%
-display(Image(place / "loss_curves.png"))
+show(place / "loss_curves.png")
 
 # %% [markdown]
 # Colour: *u*, 0 as far apart as untrained twins, 1 as close as another seed of the same network; the diagonal is the
 # seed-to-seed similarity itself. Right: are pairs that share a family (an encoder, …) more alike than pairs that do not?
 
 # %%
-display(Image(place / "matrix.png"))
+show(place / "matrix.png")
 display(Markdown((place / "summary.md").read_text().split("## Do they compute the same?")[1].split("![")[0]))
 
 # %% [markdown]
@@ -109,14 +119,14 @@ display(Markdown((place / "summary.md").read_text().split("## Do they compute th
 
 # %%
 REAL = "results/encoders-isic2018_256"
-display(Image(f"{REAL}/data_curve.png"))
+show(f"{REAL}/data_curve.png")
 scores = pd.read_csv(f"{REAL}/scores.csv").query("images == 'test'")
 scores[["label", "fraction", "seeds", "iou", "low", "high", "miou", "class_accuracy"]].round(3)
 
 # %%
 REAL = "results/architectures-isic2018_256"
-display(Image(f"{REAL}/matrix.png"))
-display(Image(f"{REAL}/costs.png"))
+show(f"{REAL}/matrix.png")
+show(f"{REAL}/costs.png")
 scores = pd.read_csv(f"{REAL}/scores.csv").query("images == 'test'")
 scores[["label", "seeds", "iou", "low", "high", "miou", "class_accuracy"]].round(3)
 

@@ -39,7 +39,7 @@ config, datasets, folder = universality.prepare(
     load_config("universality", ["--config", f"configs/{PRESET}.yaml", *(["--data", DATA] if DATA else [])])
 )
 member = next(m for m in universality.members(config) if m.recipe.model == MODEL)
-pd.DataFrame({"images": {name: len(data.ids) for name, data in datasets.items()}})
+pd.DataFrame({"images": {name: len(data) for name, data in datasets.items()}})
 
 # %% [markdown]
 # ## What the images look like
@@ -66,7 +66,7 @@ run = universality.train_member(config, member, datasets, folder)
 history = pd.read_csv(run / "history.csv")
 visualization.training_curves(
     history.assign(model=TITLES[MODEL], seed=member.seed),
-    caption=f"{len(datasets['train'].ids)} training and {len(datasets['validation'])} validation images.",
+    caption=f"{len(datasets['train'])} training and {len(datasets['validation'])} validation images.",
     synthetic=config.is_synthetic,
 )
 

@@ -98,7 +98,8 @@ def prepare(config: TrainConfig, datasets: dict[str, SegmentationDataset] | None
     if "encoder" in config.freeze and config.weights == "none":
         accelerator.print("note: the encoder is frozen at its random weights (weights: none); nothing in it is trained")
     model = main_first(accelerator, lambda: build_model(config.spec, config.seed))
-    check_image_size(model, config.image_size, config.image_size)
+    size = config.transform.size  # refuses what is no size at all
+    check_image_size(model, size, size)
     datasets = datasets or main_first(accelerator, lambda: _open(config))
     check_batches(model, len(datasets["train"]), config.batch_size)
     return _Run(config, model, datasets, accelerator, loss)

@@ -128,7 +128,7 @@ def test_a_broken_image_set_is_named_by_every_door(
 
 # arguments of a door -> what the sentence must say; {data}, {checkpoints} and {tmp} are filled in
 BAD_ARGUMENTS = [
-    ("train.py", "--model unet", ["unknown model 'unet'", "'unetpp'"]),
+    ("train.py", "--model unett", ["unknown model 'unett'", "'unet'"]),
     ("train.py", "--preset resnet19", ["'resnet18'"]),
     ("train.py", "--model mask2former --preset smoky", ["'smoke'"]),
     ("train.py", "--loss scaled_dise", ["unknown loss 'scaled_dise'", "'scaled_dice'"]),

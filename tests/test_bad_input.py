@@ -219,7 +219,7 @@ def test_an_output_folder_of_another_configuration_is_left_alone(synthetic_root,
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("train.py --model unet", "error: unknown model 'unet'; closest: 'unetpp'"),
+        ("train.py --model unett", "error: unknown model 'unett'; closest: 'unet'"),
         ("experiments.py --data absent", "error: data folder absent does not exist"),
     ],
 )

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from studies import architectures, encoders, legacy, segmentation, universality
+from studies import architectures, classifiers, encoders, legacy, segmentation, universality
 from utils import HOME, InputError, closest, format_seconds, read_settings, sentences_instead_of_tracebacks
 
 STUDIES = {
@@ -20,6 +20,7 @@ STUDIES = {
     "legacy": (legacy.LegacyConfig, legacy.run),
     "encoders": (encoders.EncodersConfig, encoders.run),
     "architectures": (architectures.ArchitecturesConfig, architectures.run),
+    "classifiers": (classifiers.ClassifiersConfig, classifiers.run),
 }
 DEFAULT_CONFIG = {
     "universality": HOME / "configs" / "demo.yaml",
@@ -27,6 +28,7 @@ DEFAULT_CONFIG = {
     "legacy": HOME / "configs" / "legacy_demo.yaml",
     "encoders": HOME / "configs" / "encoders_demo.yaml",
     "architectures": HOME / "configs" / "architectures_demo.yaml",
+    "classifiers": HOME / "configs" / "classifiers_demo.yaml",
 }
 SWITCHES = ("--dry-run", "--dry_run", "--retry")  # settings that are true when they are named
 

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from answers import pixel_logits
 from models import load_model
 from models import parameter_count as parameter_counts  # (all, trainable)
+from similarity.hooks import quiet
 from utils import InputError, resolve_device
 
 BATCHES = (1, 16)  # images at once, of the times that `measure` reports
@@ -44,16 +45,14 @@ def forward(model: nn.Module, images: Tensor) -> object:
 @contextlib.contextmanager
 def at_rest(model: nn.Module, device: torch.device | None = None) -> Iterator[torch.device]:
     """The model in eval mode on a device (where it is, without one), and afterwards each of its modules as it was."""
-    modes = {module: module.training for module in model.modules()}
     place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     device = place if device is None else torch.device(device)
-    try:
-        model.eval().to(device)
-        yield device
-    finally:
-        model.to(place)
-        for module, training in modes.items():
-            module.training = training  # one by one: train() of a model would reach parts that stay in eval mode
+    with quiet(model, freeze=False):
+        try:
+            model.to(device)
+            yield device
+        finally:
+            model.to(place)
 
 
 def images_of(image_size: int, batch: int, device: torch.device) -> Tensor:

@@ -6,14 +6,14 @@ pixels is in `attributions`; nothing here looks at gradients or at pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from answers import LESION, decided, pixel_logits
+from similarity.hooks import quiet
 from utils import InputError
 
 WHICH = ("true", "predicted")
@@ -176,23 +176,3 @@ def predicted_masks(model: nn.Module, images: Tensor, label: int | None = None, 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model computes; the CPU for one without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode and parameters without gradients inside the block; both as they were after it.
-
-    Gradients then flow to images and activations alone, and what only the parameters' would need is not kept.
-    """
-    modes = {module: module.training for module in model.modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)

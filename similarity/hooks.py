@@ -1,4 +1,4 @@
-"""Hooks on sites, removed however a pass ends, and the order in which sites fire.
+"""Hooks on sites, removed however a pass ends; the order in which sites fire; models at rest while they are looked at.
 
 The holder keeps what each site emitted in one forward pass; what is kept of it is the caller's choice.
 """
@@ -159,7 +159,7 @@ def run_quietly(model: nn.Module, images: Tensor, forward=None) -> None:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
         images = images.to(parameter.device, parameter.dtype if images.is_floating_point() else images.dtype)
-    with _evaluating(model), torch.no_grad():
+    with quiet(model, freeze=False), torch.no_grad():
         model(images) if forward is None else forward(model, images)
 
 
@@ -175,11 +175,20 @@ def outputs_of(model: nn.Module) -> Iterator[list]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def quiet(model: nn.Module, *, freeze: bool = True) -> Iterator[None]:
+    """Eval mode inside the block, and with `freeze` parameters that ask for no gradient; both as they were after it.
+
+    Gradients then flow to images and activations alone, and what only the parameters' would need is not kept.
+    """
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     try:
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
         yield
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            module.training = mode  # one by one: train() of a model would reach parts that stay in eval mode
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from similarity.hooks import Listener, check_batch, run_quietly
+from similarity.hooks import Listener, check_batch, quiet, run_quietly
 from similarity.inputs import relative_rounding
 from similarity.policies import row_shape, to_map
 from similarity.sites import IMAGE_AXES, Site, find_module, parse, resolve_sites
@@ -89,7 +89,8 @@ class Stitch(nn.Module):
         # first among the hooks: whatever else listens there hears what B goes on with
         handle = find_module(self.receiver, self.site_b.name).register_forward_hook(patch, prepend=True)
         try:
-            with _frozen(self.receiver):
+            # without gradients nothing has to be held, and PyTorch would take other kernels, which round otherwise
+            with quiet(self.receiver, freeze=torch.is_grad_enabled()):
                 yield self.receiver
         finally:
             handle.remove()
@@ -284,21 +285,3 @@ class _Patch:
         if len(self.given) != own.shape[self.site.axes.index("batch")]:
             raise ValueError(f"the receiver got other images than the {len(self.given)} that the stitch was put in for")
         return torch.empty_like(own.detach()).copy_(tensor)  # with B's own strides: products round by them
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """In eval mode, with parameters that ask for no gradient (one may pass through them), and back."""
-    modes = {module: module.training for module in model.modules()}
-    # without gradients nothing has to be held, and PyTorch would take other kernels, which round otherwise
-    trained = [p for p in model.parameters() if p.requires_grad and torch.is_grad_enabled()]
-    model.eval()
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)

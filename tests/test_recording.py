@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from models import ModelSpec, build_model
 from similarity import Recording, Site, list_sites, measures, plane, record, record_models
-from similarity.hooks import Listener, run_quietly
+from similarity.hooks import Listener, quiet, run_quietly
 from similarity.policies import reduce
 from similarity.recording import hash_model
 from tests.made import batches, images_of
@@ -767,3 +767,18 @@ def test_a_file_of_another_kind_is_not_a_recording(tmp_path):
     save_file({"x": torch.ones(2)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="is not a recording of this version"):
         Recording.load(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_quiet_model_is_afterwards_as_it_was_part_by_part(freeze):
+    model = Small().train()
+    model.norm.eval()
+    model.conv.bias.requires_grad_(False)
+    before = {name: module.training for name, module in model.named_modules()}
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(KeyError), quiet(model, freeze=freeze):
+        assert not any(module.training for module in model.modules())
+        assert any(parameter.requires_grad for parameter in model.parameters()) != freeze
+        raise KeyError
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains

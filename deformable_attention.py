@@ -58,25 +58,33 @@ class _Attention(library.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtten
         grid = (*asking.shape[:2], self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(asking).view(*grid, 2)
         weights = self.attention_weights(asking).view(*grid[:3], -1).softmax(-1).view(grid)
+        offsets, points = _exact(offsets), _exact(reference_points)
         size = offsets.new_tensor([(width, height) for height, width in spatial_shapes_list])
-        locations = reference_points[:, :, None, :, None] + offsets / size[:, None]
+        locations = points[:, :, None, :, None] + offsets / size[:, None]
         value = value.view(*value.shape[:2], self.n_heads, -1)
         return self.output_proj(deformable_attention(value, spatial_shapes_list, locations, weights)), weights
 
 
 def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """value (B, pixels, heads, channels), locations (B, Q, heads, levels, points, 2) as x, y in [0, 1], weights without
-    the last axis -> (B, Q, heads · channels). The pixels of all levels follow one another, each level row by row."""
+    the last axis -> (B, Q, heads · channels). The pixels of all levels follow one another, each level row by row.
+
+    Values of 16 bits are read by places and shares of 32 (those that are given so), and the answer has 16 again."""
     batch, pixels, heads, channels = value.shape
     queries = locations.shape[1]
-    places, shares = _corners(shapes, locations.transpose(1, 2))
+    places, shares = _corners(shapes, _exact(locations).transpose(1, 2))
     shares = shares * weights.transpose(1, 2)
     flat = (batch * heads, queries, -1)
-    attention = value.new_zeros(batch * heads, queries, pixels)
+    attention = shares.new_zeros(batch * heads, queries, pixels)
     for place, share in zip(places, shares):
         attention = attention.scatter_add_(2, place.reshape(flat), share.reshape(flat))
-    read = attention @ value.transpose(1, 2).reshape(batch * heads, pixels, channels)
+    read = attention.to(value.dtype) @ value.transpose(1, 2).reshape(batch * heads, pixels, channels)
     return read.view(batch, heads, queries, channels).transpose(1, 2).reshape(batch, queries, heads * channels)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In 32 bits at least: in the 16 of bfloat16 whole numbers above 256, as those of pixels are, are rounded."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _corners(shapes: list[tuple[int, int]], locations: Tensor) -> tuple[list[Tensor], Tensor]:

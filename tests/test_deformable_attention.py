@@ -56,3 +56,52 @@ def test_the_model_answers_alike_by_either_way(size, fast, monkeypatch):
         assert bool(calls) == fast
         monkeypatch.setattr(room, "MOST_PIXELS", 0 if fast else 10**6)
         torch.testing.assert_close(lesion_logits(model, images), answer, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_pixel_is_found_in_any_precision(dtype):
+    shapes = [(4, 4), (8, 8), (16, 16)]  # 336 pixels: bfloat16 itself counts to 256 only
+    centres = [
+        ((x + 0.5) / width, (y + 0.5) / height) for height, width in shapes for y in range(height) for x in range(width)
+    ]
+    levels = [level for level, (height, width) in enumerate(shapes) for _ in range(height * width)]
+    locations = torch.full((1, len(centres), 1, 3, 1, 2), -9.0)
+    locations[0, range(len(centres)), 0, levels, 0] = torch.tensor(centres)
+    value = torch.eye(len(centres), dtype=dtype)[None, :, None]  # each pixel has a channel of its own
+    weights = torch.ones(1, len(centres), 1, 3, 1, dtype=dtype)
+    read = deformable_attention(value, shapes, locations.to(dtype), weights)  # centres are exact in all of these
+    assert read.dtype == dtype
+    assert torch.equal(read, value[:, :, 0])
+
+
+def test_in_16_bits_the_model_answers_nearly_as_in_32(monkeypatch):
+    model = build_model(ModelSpec("mask2former", "smoke")).eval()
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+
+    def answers():
+        with torch.no_grad():
+            return model(images).pixel_decoder_last_hidden_state, lesion_logits(model, images)
+
+    def away(found, wanted):
+        assert torch.isfinite(found).all()
+        return float((found.float() - wanted).norm() / wanted.norm())
+
+    exact = answers()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = answers()
+        monkeypatch.setattr(room, "MOST_PIXELS", 0)
+        theirs = answers()
+    rounding = 2**-8  # of bfloat16, relative
+    assert 0 < away(ours[0], exact[0]) < 4 * rounding
+    # queries attend where a mask is above one half: a rounded mask can let a whole pixel in or out
+    assert away(ours[1], exact[1]) < 0.25
+    # the library samples in 32 bits under autocast: it sees nearly the same maps
+    assert away(ours[0], theirs[0]) < rounding
+
+
+def test_a_model_of_16_bits_trains_through_it():
+    model = build_model(ModelSpec("mask2former", "smoke")).bfloat16()
+    lesion_logits(model, torch.rand(1, 3, 128, 128, dtype=torch.bfloat16)).sum().backward()
+    layer = model.model.pixel_level_module.decoder.encoder.layers[0].self_attn
+    for part in (layer.value_proj, layer.sampling_offsets, layer.attention_weights):
+        assert torch.isfinite(part.weight.grad).all() and part.weight.grad.any()

@@ -8,7 +8,8 @@ knows no study: what explanations are compared with is elsewhere, and so is whet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from explanations import kernel_shap
-from explanations.covering import Baseline, baseline_images, checked_images, counts_of, features_of, spread
-from explanations.features import end_scores, occluded, shapley
+from explanations.covering import Baseline, baseline_images, checked_images, counts_of, spread
+from explanations.features import cut, end_scores, occluded, shapley
 from explanations.grad_cam import cams
 from explanations.grad_cam import sites_at_depths as sites_at_depths  # where Grad-CAM can be asked for
 from explanations.targets import Target, device_of, quiet
@@ -72,7 +73,7 @@ def explain(
     site: Site | str | None = None,
     baseline: Baseline = "mean",
     steps: int = 32,
-    features: int | Tensor = 7,
+    features: int | str | Tensor = 7,
     samples: int = 200,
     relu: bool = False,
     batch: int = 16,
@@ -84,7 +85,8 @@ def explain(
     site : of Grad-CAM, by name or with its axes: a map, or tokens that have places
     baseline : what stands where something is missing, see `covering.baseline_images`; not of Grad-CAM
     steps : of Integrated Gradients' path, a Gauss-Legendre quadrature
-    features : of KernelSHAP and occlusion: cells a side of a grid, or a map of superpixels
+    features : of KernelSHAP and occlusion: cells a side of a grid, 'superpixels:40' (about so many of each image's
+        own), or a map of them, see `features.cut`
     samples : coalitions of KernelSHAP; all of them where there are no more, and then the values are exact
     relu : Grad-CAM's positive part alone, as in its paper; False keeps the sign
     batch : pictures in one pass, which bounds the memory; results do not depend on it but for rounding
@@ -101,8 +103,7 @@ def explain(
     stated = {"target": target.name, "baseline": words}
     if method == "integrated_gradients":
         return _integrated_gradients(model, target, images, missing, stated, steps, batch)
-    stated |= {"features": f"grid {features} × {features}" if isinstance(features, int) else "superpixels"}
-    cells = features_of(features, images)
+    cells, stated["features"] = cut(features, images)
     if method == "occlusion":
         values = occluded(model, target, images, missing, cells, batch=batch)
         return Explained(spread(values, cells), method, stated, values)
@@ -142,7 +143,8 @@ def _kernel_shap(
 def cost(method: str, *, steps: int = 32, features: int = 49, samples: int = 200) -> Passes:
     """The passes that one image's explanation takes, so that a run can say its cost before it begins.
 
-    features : how many an image has (of a 7 × 7 grid 49), unlike the cells a side that `explain` takes
+    features : how many an image has (of a 7 × 7 grid 49), unlike the cells a side that `explain` takes; of superpixels
+        as many as the image with most of them, which occlusion asks of all
     """
     pick("method", method, METHODS)
     return {
@@ -206,10 +208,15 @@ def grad_cams(
     *,
     relu: bool = False,
     batch: int = 16,
+    refused: dict[str, str] | None = None,
 ) -> dict[str, Explained]:
-    """{site: Grad-CAM} of all sites in one pass, see `grad_cam.cams`; as `explain`, which takes one site."""
+    """{site: Grad-CAM} of all sites in one pass, see `grad_cam.cams`; as `explain`, which takes one site.
+
+    refused : filled with {site: why} where Grad-CAM is impossible, so that the other sites go on; without it (None) the
+        first such site raises InputError
+    """
     images = checked_images(images).to(device_of(model))
     target.check(len(images))
     stated = {"target": target.name, "relu": relu, "upsampling": "bilinear"}
-    maps = cams(model, images, target, sites, relu=relu, batch=batch)
+    maps = cams(model, images, target, sites, relu=relu, batch=batch, refused=refused)
     return {name: Explained(each, "grad_cam", {"site": name, **stated}) for name, each in maps.items()}

@@ -15,8 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from explanations import kernel_shap
-from explanations.covering import counts_of, partly
+from explanations.covering import counts_of, features_of, partly
+from explanations.superpixels import superpixels
 from explanations.targets import Target, quiet
+from utils import InputError
+
+FEATURES = ("a number (cells a side of a grid)", "superpixels:n (about n by SLIC)", "a map of whole numbers")
+
+
+def cut(features: int | str | Tensor, images: Tensor) -> tuple[Tensor, str]:
+    """(the number of every pixel's feature, (B, H, W) int64; what the features are, in words).
+
+    features : cells a side of a grid; 'superpixels:n', about n of each image's own (`superpixels.superpixels`); or a
+        map, (H, W) or (B, H, W), numbered from 0 without a gap in each image
+    """
+    if not isinstance(features, str):
+        words = f"grid {features} × {features}" if isinstance(features, int) else "superpixels"
+        return features_of(features, images), words
+    kind, _, count = features.partition(":")
+    if kind != "superpixels" or not count.isdecimal():
+        raise InputError(f"unknown features {features!r}; choose from {'; '.join(FEATURES)}")
+    return features_of(superpixels(images, int(count)), images), f"superpixels (SLIC, about {int(count)})"
 
 
 def picture_scores(

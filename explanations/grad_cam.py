@@ -6,7 +6,9 @@ The sites' axes come from `similarity.sites`; the maps are given to `attribution
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,44 +25,102 @@ ROUNDING = 100 * torch.finfo(torch.float32).eps  # of a mean over places, relati
 
 
 def cams(
-    model: nn.Module, images: Tensor, target: Target, sites: Sequence[Site | str], *, relu: bool, batch: int
+    model: nn.Module,
+    images: Tensor,
+    target: Target,
+    sites: Sequence[Site | str],
+    *,
+    relu: bool,
+    batch: int,
+    refused: dict[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """{site: (B, H, W) on the CPU}: Σ_c a_c(place) · mean over places of ∂f/∂a_c (Selvaraju et al. 2017, eq. 1 and 2).
 
     Tokens are laid out as a map; those in front that have no place (class, registers) are left out of the mean and of
     the map, and of several strides the finest is used. Upsampled bilinearly to the images; `relu` keeps the positive
     part, before the upsampling as the paper's order has it.
+
+    refused : filled with {site: why} of sites that have no Grad-CAM while the others go on; without it the first of
+        them raises InputError. Names and axes that the model does not have raise always
     """
-    found = [_site_with_places(model, site) for site in sites]
-    maps: dict[str, list[Tensor]] = {site.name: [] for site in found}
+    going = {site.name: site for site in (_resolved(model, site) for site in sites)}
+    attempt = partial(_attempt, going=going, refused=refused)
+    for site in list(going.values()):
+        with attempt(site):
+            _refuse_without_places(site)
+    maps: dict[str, list[Tensor]] = {name: [] for name in going}
     size = tuple(images.shape[-2:])
     with quiet(model), torch.enable_grad():
         for rows in torch.arange(len(images), device=images.device).split(batch):
-            for site, activation, gradient in _at_sites(model, images[rows], target, rows, found):
-                cam = _cam(site, activation, gradient, size)
-                cam = F.interpolate(F.relu(cam) if relu else cam, size=size, mode="bilinear", align_corners=False)
-                maps[site.name].append(cam[:, 0].cpu())
-    return {name: torch.cat(parts) for name, parts in maps.items()}
+            for site, activation, gradient in _at_sites(model, images[rows], target, rows, going, attempt):
+                with attempt(site):
+                    cam = _cam(site, activation, gradient, size)
+                    cam = F.interpolate(F.relu(cam) if relu else cam, size=size, mode="bilinear", align_corners=False)
+                    maps[site.name].append(cam[:, 0].cpu())
+    return {name: torch.cat(maps[name]) for name in going}
 
 
-def _site_with_places(model: nn.Module, site: Site | str) -> Site:
+@contextmanager
+def _attempt(site: Site, *, going: dict[str, Site], refused: dict[str, str] | None) -> Iterator[None]:
+    """What is refused at a site ends that site alone where the refused are collected."""
+    try:
+        yield
+    except InputError as error:
+        if refused is None:
+            raise
+        refused[site.name] = str(error)
+        del going[site.name]
+
+
+def _resolved(model: nn.Module, site: Site | str) -> Site:
     try:
         (found,) = resolve_sites(model, [site])
     except ValueError as error:
         raise InputError(str(error)) from error
-    if not found.spatial:
-        kind = "queries" if "query" in found.axes else "features without a place"
-        raise InputError(
-            f"site {found.name!r} has {kind} (axes {found.axes}), so Grad-CAM has no map there; choose a site with "
-            "height and width, or tokens with strides, such as those of `sites_at_depths`"
-        )
     return found
 
 
+def _refuse_without_places(site: Site) -> None:
+    if not site.spatial:
+        kind = "queries" if "query" in site.axes else "features without a place"
+        raise InputError(
+            f"site {site.name!r} has {kind} (axes {site.axes}), so Grad-CAM has no map there; choose a site with "
+            "height and width, or tokens with strides, such as those of `sites_at_depths`"
+        )
+
+
 def _at_sites(
-    model: nn.Module, images: Tensor, target: Target, rows: Tensor, sites: Sequence[Site]
+    model: nn.Module, images: Tensor, target: Target, rows: Tensor, going: Mapping[str, Site], attempt: Callable
 ) -> list[tuple[Site, Tensor, Tensor]]:
-    """(site, its activations, gradients of the target in them) of one batch."""
+    """(site, its activations, gradients of the target in them) of one batch, of the sites that are not refused."""
+    if not going:
+        return []
+    scores, kept = _pass(model, images, target, rows, list(going.values()))
+    for site in list(going.values()):
+        with attempt(site):
+            tensor, version = kept[site.name]
+            if tensor._version != version:
+                raise InputError(
+                    f"site {site.name!r} is changed in place by what follows it; choose the module that follows"
+                )
+            if not (tensor.requires_grad and scores.requires_grad):
+                raise _without_gradient(site.name, target)
+    sites = list(going.values())
+    activations = [kept[site.name][0] for site in sites]
+    gradients = torch.autograd.grad(scores.sum(), activations, allow_unused=True) if sites else ()
+    found = []
+    for site, activation, gradient in zip(sites, activations, gradients):
+        with attempt(site):
+            if gradient is None:
+                raise _without_gradient(site.name, target)
+            found.append((site, activation.detach(), gradient))
+    return found
+
+
+def _pass(
+    model: nn.Module, images: Tensor, target: Target, rows: Tensor, sites: Sequence[Site]
+) -> tuple[Tensor, dict[str, tuple[Tensor, int]]]:
+    """(target of a batch, {site: what it emitted and how often that had been changed in place by then})."""
 
     def keep(site: Site, tensor: Tensor) -> tuple[Tensor, int]:
         check_batch(site, tensor, len(images))
@@ -68,18 +128,10 @@ def _at_sites(
 
     with Listener(model, sites, keep) as listener:
         scores = target(model, images.clone().requires_grad_(), rows)
-        kept = listener.take()
-    for name, (tensor, version) in kept.items():
-        if tensor._version != version:
-            raise InputError(f"site {name!r} is changed in place by what follows it; choose the module that follows")
-        if not (tensor.requires_grad and scores.requires_grad):
-            raise _without_gradient(name, target)
-    activations = [kept[site.name][0] for site in sites]
-    gradients = torch.autograd.grad(scores.sum(), activations, allow_unused=True)
-    for site, gradient in zip(sites, gradients):
-        if gradient is None:
-            raise _without_gradient(site.name, target)
-    return [(site, each.detach(), gradient) for site, each, gradient in zip(sites, activations, gradients)]
+        try:
+            return scores, listener.take()
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 def _without_gradient(name: str, target: Target) -> InputError:

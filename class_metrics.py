@@ -9,7 +9,7 @@ over the classes that occur, as each function says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,6 @@ from utils import InputError
 
 IGNORE = 255  # the index of pixels that do not count, in any mask
 FEWEST_CLASSES = 2
-RESAMPLES_AT_ONCE = 256  # bounds the bootstrap's memory at so many times the number of images
 
 
 def ce_dice(logits: Tensor, masks: Tensor) -> Tensor:
@@ -116,11 +115,6 @@ def image_confusions(prediction: Tensor, target: Tensor, classes: int) -> np.nda
     return counts.reshape(len(truth), classes, classes).cpu().numpy()
 
 
-def confusion(prediction: Tensor, target: Tensor, classes: int) -> np.ndarray:
-    """The confusion matrix of all images together, int64 (C, C) in pixels; arguments as of `image_confusions`."""
-    return image_confusions(prediction, target, classes).sum(0)
-
-
 def class_scores(prediction: Tensor, target: Tensor, classes: int) -> dict[str, np.ndarray]:
     """Four scores of every image, each float64 (B,); NaN for an image without a counted pixel.
 
@@ -182,12 +176,6 @@ def mean_class_accuracy(matrix: np.ndarray) -> float:
     return float(_mean_defined(_ratio(hit, true)))
 
 
-def pixel_accuracy(matrix: np.ndarray) -> float:
-    """Share of the counted pixels that are right, of a matrix (C, C); NaN of an empty matrix."""
-    matrix = _check_matrix(matrix)
-    return float(_ratio(np.trace(matrix), matrix.sum()))
-
-
 def _check_matrix(matrix: np.ndarray) -> np.ndarray:
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < FEWEST_CLASSES:
@@ -230,38 +218,6 @@ def confusions_of(table: pd.DataFrame) -> tuple[list[str], np.ndarray]:
     confusions = np.zeros((len(ids), classes, classes), dtype=np.int64)
     confusions[places] = table["pixels"]
     return list(ids), confusions
-
-
-def pooled_interval(
-    confusions: np.ndarray,
-    statistic: Callable[[np.ndarray], float],
-    seed: int,
-    level: float = 0.95,
-    resamples: int = 2000,
-) -> tuple[float, float, float]:
-    """(value, low, high) of a statistic of the pooled confusion matrix: percentile bootstrap over images.
-
-    confusions : (n, C, C), one matrix an image. statistic : of one summed matrix (C, C), e.g. `mean_iou`. Each resample
-    draws n images with replacement (as the number of times that each is drawn), pools their pixels and takes the
-    statistic. A class that does not occur in a resample is left out of that resample's mean, as `mean_iou` does. With
-    fewer than two images the interval is NaN; so it is when the statistic of some resample is NaN.
-    """
-    confusions = _check_confusions(confusions)
-    if not 0 < level < 1 or resamples < 1:
-        raise InputError(f"level {level} and {resamples} resamples: the level lies between 0 and 1, and one is needed")
-    number, classes = confusions.shape[:2]
-    value = float(statistic(confusions.sum(0)))
-    if number < 2:
-        return value, np.nan, np.nan
-    generator = np.random.default_rng(seed)
-    flat = confusions.reshape(number, -1).astype(np.float64)  # sums of counts stay exact up to 2^53 pixels
-    drawn = []
-    for start in range(0, resamples, RESAMPLES_AT_ONCE):
-        many = min(RESAMPLES_AT_ONCE, resamples - start)
-        times = generator.multinomial(number, np.full(number, 1 / number), size=many)
-        drawn += [float(statistic(matrix)) for matrix in (times @ flat).reshape(many, classes, classes)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return value, float(low), float(high)
 
 
 def _check_confusions(confusions: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from utils import InputError
-from visualization import BLACK, BLUE, MODEL_COLOURS, RANGE_COLOUR, SEED_STYLES, need_columns, new_figure, settle, tidy
+from visualization import BLACK, BLUE, MODEL_COLOURS, SEED_STYLES, need_columns, new_figure, settle, tidy
 
 MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 DODGE = 0.035  # decades of the x axis between two labels at one share of the data
@@ -25,7 +25,7 @@ LETTER, LINE = 4.3, 9.0  # width and height that a letter of 7 points takes, in 
 WORDS_IN_CELLS = 12  # classes up to which a confusion matrix has numbers in its cells
 
 
-def _looks(labels: Sequence) -> dict:
+def looks_of(labels: Sequence) -> dict:
     """label -> (colour, marker): seven of each in order; beyond, the same colours come with other markers."""
     n, looks = len(MODEL_COLOURS), {}
     for i, label in enumerate(dict.fromkeys(labels)):
@@ -33,11 +33,10 @@ def _looks(labels: Sequence) -> dict:
     return looks
 
 
-def _bars(ax: Axes, rows: pd.DataFrame, place: np.ndarray, colour: str, *, upright: bool = True) -> None:
-    """The intervals low to high of the rows that have one, at their places on the other axis."""
+def _bars(ax: Axes, rows: pd.DataFrame, x: np.ndarray, colour: str) -> None:
+    """The intervals low to high of the rows that have one, upright at their x."""
     has = rows[["low", "high"]].notna().all(axis=1).to_numpy()
-    draw = ax.vlines if upright else ax.hlines
-    draw(np.asarray(place)[has], rows["low"][has], rows["high"][has], color=colour, lw=1.5)
+    ax.vlines(np.asarray(x)[has], rows["low"][has], rows["high"][has], color=colour, lw=1.5)
 
 
 def data_curve(
@@ -60,7 +59,7 @@ def data_curve(
         raise InputError("the data-share table holds fractions outside (0, 1]; 5 % of the images is 0.05")
     _refuse_doubles(table, ["label", "fraction"], "data-share")
     figure = new_figure(7.6, 3.5, title=title, caption=caption, synthetic=synthetic)
-    ax, looks = figure.subplots(), _looks(table["label"])
+    ax, looks = figure.subplots(), looks_of(table["label"])
     for i, (label, (colour, marker)) in enumerate(looks.items()):
         rows = table[table["label"] == label].sort_values("fraction")
         x = 100 * rows["fraction"].to_numpy() * 10 ** (DODGE * (i - (len(looks) - 1) / 2))
@@ -166,7 +165,7 @@ def loss_curves(
     need_columns(history, ["label", "seed", "epoch", *panels], "history")
     _refuse_doubles(history, ["label", "seed", "epoch"], "history")
     figure = new_figure(9.0, 3.1, title=title, caption=caption, synthetic=synthetic)
-    looks, seeds = _looks(history["label"]), sorted(history["seed"].unique())
+    looks, seeds = looks_of(history["label"]), sorted(history["seed"].unique())
     style = {seed: SEED_STYLES[i % len(SEED_STYLES)] for i, seed in enumerate(seeds)}
     for ax, (column, name) in zip(figure.subplots(1, 2), panels.items()):
         for (label, seed), run in history.groupby(["label", "seed"], sort=False):
@@ -257,39 +256,3 @@ def _places(mark: np.ndarray, radius: float, width: float, height: float):
 def _overlap(box: tuple, other: tuple) -> float:
     sides = [min(box[i + 2], other[i + 2]) - max(box[i], other[i]) for i in (0, 1)]
     return sides[0] * sides[1] if min(sides) > 0 else 0.0
-
-
-def score_bars(
-    table: pd.DataFrame,
-    *,
-    title: str = "Which scores best?",
-    xlabel: str = "mean IoU of the test images",
-    caption: str = "",
-    synthetic: bool = False,
-) -> Figure:
-    """A dot with its interval a row, the groups (e.g. pretrained, scratch) one below the other, each sorted by score.
-
-    table : columns label, group, iou, low, high (NaN without an interval), one row a label and group. Groups come in
-    the order of their best score.
-    """
-    need_columns(table, ["label", "group", "iou", "low", "high"], "score")
-    _refuse_doubles(table, ["label", "group"], "score")
-    best = table.groupby("group")["iou"].max().sort_values(ascending=False).index
-    looks = _looks(best)
-    figure = new_figure(7.2, 0.24 * (len(table) + len(best)) + 0.9, title=title, caption=caption, synthetic=synthetic)
-    ax, y, names, first = figure.subplots(), [], [], 0.0
-    for group, (colour, marker) in looks.items():
-        rows = table[table["group"] == group].sort_values("iou", ascending=False)
-        heights = first + np.arange(len(rows))
-        ax.axhspan(first - 0.5, heights[-1] + 0.5, color=RANGE_COLOUR, alpha=0.4, lw=0, zorder=0)
-        _bars(ax, rows, heights, colour, upright=False)
-        ax.plot(rows["iou"], heights, marker, color=colour, ms=6, label=str(group))
-        y, names, first = [*y, *heights], [*names, *rows["label"]], heights[-1] + 1.5
-    ax.set_yticks(y, names)
-    ax.set_ylim(y[-1] + 0.7, -0.7)
-    ax.set_xlabel(xlabel)
-    tidy(ax)
-    ax.grid(visible=False, axis="y")
-    ax.grid(axis="x", color="0.85", linewidth=0.8)
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return settle(figure)

@@ -19,6 +19,7 @@ from scipy.cluster.hierarchy import dendrogram
 from scipy.integrate import trapezoid
 
 from explanations.clusters import LOUVAIN, tree
+from grid_figures import looks_of
 from utils import InputError
 from visualization import (
     BLACK,
@@ -33,7 +34,6 @@ from visualization import (
 
 CELL = 0.3  # inches
 DODGE = 0.012  # of the resolutions' range, between two methods
-MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 
 
 def similarity_map(
@@ -144,10 +144,9 @@ def ari_by_resolution(
     panels, methods = list(dict.fromkeys(rows["similarity"])), list(dict.fromkeys(rows["method"]))
     figure = new_figure(2.9 * len(panels) + 1.6, 2.9, title=title, caption=caption, synthetic=synthetic)
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
-        for place, method in enumerate(methods):
+        for place, (method, (colour, marker)) in enumerate(looks_of(methods).items()):
             part = rows[(rows["similarity"] == panel) & (rows["method"] == method)].sort_values("parameter")
             x = part["parameter"] + DODGE * reach * (place - (len(methods) - 1) / 2)
-            colour, marker = MODEL_COLOURS[place % len(MODEL_COLOURS)], MARKERS[place % len(MARKERS)]
             ax.plot(x, part["ari"], color=colour, marker=marker, ms=5, mfc="white", lw=1.3, label=method)
             sure = part["p_adjusted"] < 0.05
             ax.plot(x[sure], part.loc[sure, "ari"], marker, color=colour, ms=5)

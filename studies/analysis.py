@@ -34,7 +34,7 @@ from similarity.policies import parse_policy
 from similarity.resampling import resampled_planes
 from studies import controls, mask_agreement, ruler, stitched
 from studies.ruler import HEADLINE, PARTS, Key
-from studies.segmentation import mean_with_interval
+from studies.segmentation import mean_with_bootstrap
 from utils import digest, write_table
 
 ALIGNED_PAIRS = 3  # site pairs a part that are brought into one space
@@ -326,7 +326,7 @@ def agreement_summary(table: pd.DataFrame) -> pd.DataFrame:
         images = group.groupby("id")[columns].mean()
         for name, words in (("dice", "Dice between masks"), ("kappa", "error consistency κ")):
             values = images[name].dropna().to_numpy()
-            mean, low, high = mean_with_interval(values[None])
+            mean, low, high = mean_with_bootstrap(values[None])
             rows.append((between[kind], words, mean, low, high, np.nan, len(values)))
         if kind != "cross":
             continue

@@ -1,9 +1,10 @@
 """Every architecture against every other, with the ruler: how similar, how deep, and what the similarity follows.
 
-From recordings of trained networks and their untrained twins to three tables and a sentence; who trained and recorded
-them is not the subject here, and the picture is `matrix_figures`. Between two architectures sites are paired by
-matched relative depth. The matching of A's sites to B's may differ from that of B's to A's: both directions' pairs are
-taken together, a pair that comes in both counting twice, so that every number is the same either way round.
+From recordings of trained networks and their untrained twins to three tables; who trained and recorded them is not the
+subject here, the words are in `architecture_words`, and the picture is `matrix_figures`. Between two architectures
+sites are paired by matched relative depth. The matching of A's sites to B's may differ from that of B's to A's: both
+directions' pairs are taken together, a pair that comes in both counting twice, so that every number is the same either
+way round.
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control
 
 from similarity import Recording, calibration, intervals
 from similarity.calibration import Comparison, Resamples, matched_depth_pairs
 from similarity.measures import MEASURES
-from similarity.nulls import Null, plane_null
+from similarity.nulls import Null, benjamini_hochberg, plane_null
 from similarity.policies import canonical
 from similarity.resampling import resampled_planes
 from studies import ruler
-from studies.architecture_words import sentence, what_it_follows
+from studies.architecture_words import what_it_follows
 from utils import InputError, closest, progress
 
 MEASURE, OPTIONS = ruler.ESTIMATORS[ruler.HEADLINE]
@@ -32,7 +32,6 @@ FACTS = ("label", "title", "family", "encoder", "pretrained", "iou")
 KEPT = [f"{name}{end}" for name in calibration.QUANTITIES for end in ("", "_low", "_high")]
 Name = tuple[str, int, str]  # label, seed, state
 Pairs = list[tuple[str, str]]
-__all__ = ["check", "compare", "sentence"]
 
 
 def compare(
@@ -69,16 +68,8 @@ def compare(
             tables["matrix"].append(first | found.line(a, b, nulls))
             tables["depth"] += [first | line for line in found.by_depth(a, b, bins)]
     made = {name: pd.DataFrame(rows) for name, rows in tables.items()}
-    made["matrix"]["q_value"] = q_values(made["matrix"]["p_value"])
+    made["matrix"]["q_value"] = benjamini_hochberg(made["matrix"]["p_value"])
     return made | {"factors": what_it_follows(made["matrix"], facts, permutations=permutations, seed=seed)}
-
-
-def q_values(p: pd.Series) -> pd.Series:
-    """Benjamini-Hochberg over all that have a p."""
-    q, known = pd.Series(np.nan, p.index), p.notna()
-    if known.any():
-        q[known] = false_discovery_control(p[known].astype(float))
-    return q
 
 
 def _label_pairs(labels: list[str]) -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ def _complete(square: pd.DataFrame) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------------------------- the words
 
 
-def sentence(tables: Mapping[str, pd.DataFrame], facts: pd.DataFrame) -> str:
+def sentence(tables: Mapping[str, pd.DataFrame]) -> str:
     """Which factors the similarity of encoders, and of decoders, follows; p corrected over the factors (Holm).
 
     Says so where so few architectures could not tell, whatever was measured; and of a factor that is followed, whether

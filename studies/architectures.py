@@ -8,33 +8,32 @@ compares each with each, with the ruler (`architecture_matrix`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 import matrix_figures
 import visualization
 from dataset import SegmentationDataset, make_loader
-from models import TITLES, build_model, encoder_name, load_model, sites
+from models import TITLES, build_model, encoder_name, load_model
 from recipes import TrainConfig
 from similarity import Recording, record
 from similarity.intervals import FEWEST_IMAGES
-from similarity.recording import hash_model
-from sources import open_datasets
 from studies import architecture_matrix
+from studies.architecture_words import sentence
 from studies.cells import Cell
-from studies.grid_report import counted
+from studies.families import family_of
+from studies.grid_report import FinishedGrid, counted
 from studies.grid_study import GridConfig, run_grid
 from studies.grid_tables import by_group, label_of
-from studies.grid_work import job_of
+from studies.recordings import kept_recording
 from utils import InputError, progress, resolve_device, write_table
 
 QUESTION = "Which architecture is best, and does what they compute follow family, encoder, pretraining or score?"
-OF_TRANSFORMERS = ("mit_", "tu-vit", "tu-swin", "tu-deit", "tu-pvt")  # encoders by name; all others here are CNNs
 
 
 @dataclass
@@ -63,28 +62,28 @@ def run(config: ArchitecturesConfig) -> Path:
     return run_grid(config, "architectures", QUESTION, compare)
 
 
-def compare(config: ArchitecturesConfig, cells: list[Cell], folder: Path, tables: dict[str, pd.DataFrame]) -> str:
+def compare(grid: FinishedGrid) -> str:
     """matrix.csv, depth.csv, factors.csv, matrix.png and what they say, of the networks trained on most images."""
-    groups = by_group(cells)
+    config, folder = grid.config, grid.folder
+    groups = by_group(grid.cells)
     share = max(fraction for _, fraction in groups)
     chosen = [cell for (_, fraction), each in groups.items() if fraction == share for cell in each]
     labels = list(dict.fromkeys(map(label_of, chosen)))
     if not config.compare or len(labels) < 2:
         return ""
-    jobs = {cell.name: job_of(config, cell, folder / "cells" / cell.name) for cell in chosen}
-    if len({job.image_size for job in jobs.values()}) > 1:
+    if len({grid.jobs[cell.name].image_size for cell in chosen}) > 1:
         return "The networks see images of several sizes, so their representations are not compared.\n"
-    test = open_datasets(jobs[chosen[0].name], needed=("test",))["test"]
+    test = grid.seen_by(chosen[0])
     if len(test) < FEWEST_IMAGES:
         return f"{len(test)} test images: at least {FEWEST_IMAGES} are needed to compare representations.\n"
-    networks = record_all(chosen, jobs, test, folder, resolve_device(config.device))
-    facts = fact_table(chosen, jobs, tables["scores"], share)
+    networks = record_all(grid, chosen, test, resolve_device(config.device))
+    facts = fact_table(chosen, grid.jobs, grid.tables["scores"], share)
     found = architecture_matrix.compare(
         networks, facts, resamples=config.resamples, permutations=config.permutations, seed=config.seed
     )
     for name, table in (found | {"facts": facts}).items():
         write_table(table, folder / f"{name}.csv")
-    text = architecture_matrix.sentence(found, facts)
+    text = sentence(found)
     figure = matrix_figures.architecture_matrix(
         found["matrix"],
         found["factors"],
@@ -106,7 +105,7 @@ def compare(config: ArchitecturesConfig, cells: list[Cell], folder: Path, tables
     return f"## Do they compute the same?\n{text}\n\n![similarity matrix](matrix.png)\n\n![u by depth](depth.png)\n"
 
 
-def fact_table(cells: list[Cell], jobs: dict[str, TrainConfig], scores: pd.DataFrame, share: float) -> pd.DataFrame:
+def fact_table(cells: list[Cell], jobs: Mapping[str, TrainConfig], scores: pd.DataFrame, share: float) -> pd.DataFrame:
     """One row a label: title, family, encoder, pretrained, iou (mean over test images and seeds)."""
     scores = scores[(scores["images"] == "test") & (scores["fraction"] == share)].set_index("label")
     rows = {}
@@ -118,59 +117,35 @@ def fact_table(cells: list[Cell], jobs: dict[str, TrainConfig], scores: pd.DataF
             "title": label,
             "seeds": seeds,
             "architecture": TITLES[job.model],
-            "family": family_of(job),
+            "family": family_of(job.spec),
         }
         rows[label] = row | {"encoder": encoder_name(job.spec), "pretrained": job.weights != "none"}
     return pd.DataFrame(rows.values()).assign(iou=lambda table: scores.loc[table["label"], "iou"].to_numpy())
 
 
-def family_of(job: TrainConfig) -> str:
-    """'CNN', 'transformer' or 'hybrid': whether encoder and decoder are convolutional, attend, or differ in that.
-
-    SegFormer's decoder has neither attention nor spatial convolutions (1 × 1 only): it counts as its encoder does.
-    """
-    attends = encoder_attends(job)
-    decoder = attends if job.model.startswith("segformer") else job.model == "mask2former"
-    return "hybrid" if attends != decoder else "transformer" if attends else "CNN"
-
-
-def encoder_attends(job: TrainConfig) -> bool:
-    """Whether the image encoder is a transformer."""
-    if job.model == "segformer":
-        return True
-    if job.model == "mask2former" and "cnn" not in job.options.get("encoder", {}):
-        return True
-    return encoder_name(job.spec).startswith(OF_TRANSFORMERS)
-
-
 def record_all(
-    cells: list[Cell], jobs: dict[str, TrainConfig], test: SegmentationDataset, folder: Path, device: torch.device
+    grid: FinishedGrid, cells: list[Cell], test: SegmentationDataset, device: torch.device
 ) -> dict[tuple[str, int, str], Recording]:
     """{(label, seed, 'trained' or 'untrained'): its default sites under gap}; kept in recordings/, read from there."""
     found = {}
     for cell in progress(cells, desc="recording", unit="network"):
-        job = jobs[cell.name]
+        job = grid.jobs[cell.name]
         # the floor is the random-init twin, also where training starts from pretrained weights (SCIENCE, section 4)
         spec = dataclasses.replace(job.spec, weights="none", freeze=())
         networks = {
-            "trained": load_model(folder / "cells" / cell.name / "run" / "best")[0],
+            "trained": load_model(grid.run(cell) / "best")[0],
             "untrained": build_model(spec, job.seed).eval(),
         }
         for state, model in networks.items():
-            path = folder / "recordings" / f"{cell.name}-{state}.safetensors"
+            path = grid.folder / "recordings" / f"{cell.name}-{state}.safetensors"
             found[label_of(cell), job.seed, state] = recorded(model.to(device), test, path, job.batch_size)
     return found
 
 
 def recorded(model: nn.Module, test: SegmentationDataset, path: Path, batch_size: int) -> Recording:
-    """The recording of `path` if it is of these weights, sites and images; else made anew and kept there."""
-    if path.exists():
-        try:
-            known = Recording.load(path, model=hash_model(model), data_hash=test.fingerprint)
-        except (SafetensorError, ValueError):  # cut short, of another version, or stale
-            known = None
-        if known is not None and known.names == [site.name for site in sites(model, test.transform.size)]:
-            return known
+    """The recording of `path` if it is of this network and these images; else made anew and kept there."""
+    if (known := kept_recording(path, model, test)) is not None:
+        return known
     made = record(model, make_loader(test, batch_size), policy="gap", data_hash=test.fingerprint)
     made.save(path)
     return made

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from studies.cells import Cell
-from studies.grid_report import ranged, share_words
+from studies.grid_report import FinishedGrid, ranged, share_words
 from studies.grid_study import GridConfig, run_grid
 
 QUESTION = "What is an encoder worth?"
@@ -34,9 +33,9 @@ def run(config: EncodersConfig) -> Path:
     return run_grid(config, "encoders", QUESTION, answer)
 
 
-def answer(config: EncodersConfig, cells: list[Cell], folder: Path, tables: dict[str, pd.DataFrame]) -> str:
+def answer(grid: FinishedGrid) -> str:
     """The best encoder at each share of the data, and whether it stands apart from the next one."""
-    scores = tables["scores"].query("images == 'test'")
+    scores = grid.tables["scores"].query("images == 'test'")
     lines = []
     for fraction, group in sorted(scores.groupby("fraction")):
         ranked = group.sort_values("iou", ascending=False)
@@ -44,7 +43,7 @@ def answer(config: EncodersConfig, cells: list[Cell], folder: Path, tables: dict
         line = f"- {share_words(fraction)} of the training images: **{best['label']}**, IoU "
         line += ranged(best["iou"], best["low"], best["high"])
         if len(ranked) > 1:
-            line += f"; {apart(tables['paired'], best['label'], ranked.iloc[1]['label'], fraction)}"
+            line += f"; {apart(grid.tables['paired'], best['label'], ranked.iloc[1]['label'], fraction)}"
         lines.append(line)
     return "## The answer\n" + "\n".join(lines) + "\n"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from class_metrics import confusion_table, from_confusion
 from dataset import SegmentationDataset
 from inference import image_scores, predict
 from models import decided, load_model
+from recipes import TrainConfig
 from studies import grid_tables
 from studies.cells import Cell
 from utils import git_commit, markdown_table, write_table, write_text
@@ -23,6 +26,37 @@ from utils import git_commit, markdown_table, write_table, write_text
 SHOWN_IMAGES, SHOWN_NETWORKS = 4, 6  # in the picture of predictions
 RANDOM = "random"
 INTERVAL = "intervals: 95 %, over images and, from three seeds on, over seeds"
+
+
+@dataclass(frozen=True)
+class FinishedGrid:
+    """A grid whose trainings are over: what its report is made from.
+
+    config : the study's settings; cells : the finished ones, with seed and fraction among their changes
+    jobs : cell's name -> its training; scores : see `grid_tables.read_scores`; test : the test images
+    tables : runs, scores, paired, costs and history
+    """
+
+    config: Any
+    cells: list[Cell]
+    jobs: Mapping[str, TrainConfig]
+    test: SegmentationDataset
+    scores: grid_tables.Scores
+    tables: Mapping[str, pd.DataFrame]
+
+    @property
+    def folder(self) -> Path:
+        """Of the results."""
+        return Path(self.config.out)
+
+    def run(self, cell: Cell) -> Path:
+        """The folder of a cell's training."""
+        return Path(self.jobs[cell.name].out)
+
+    def seen_by(self, cell: Cell) -> SegmentationDataset:
+        """The test images as a cell's network sees them, at its own size."""
+        own = self.jobs[cell.name].transform.unaugmented
+        return self.test if own == self.test.transform.unaugmented else SegmentationDataset(self.test.pairs, own)
 
 
 def share_words(fraction: float) -> str:
@@ -35,12 +69,12 @@ def ranged(mean: float, low: float, high: float, digits: int = 3) -> str:
     return f"{mean:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
 
 
-def caption(config, tables: dict[str, pd.DataFrame], text: str = "") -> str:
+def caption(grid: FinishedGrid) -> str:
     """What all figures of the study say of their numbers."""
-    scores = tables["scores"].query("images == 'test'")
+    scores = grid.tables["scores"].query("images == 'test'")
     seeds = sorted(scores["seeds"].unique())
     some = counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    return f"{scores['n'].iloc[0]} test images at {config.image_size} px, {some}; {INTERVAL}. {text}".strip()
+    return f"{scores['n'].iloc[0]} test images at {grid.config.image_size} px, {some}; {INTERVAL}."
 
 
 def counted(number: int, what: str) -> str:
@@ -48,11 +82,12 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def figures(config, cells: list[Cell], folder: Path, tables: dict[str, pd.DataFrame]) -> list[str]:
+def figures(grid: FinishedGrid) -> list[str]:
     """Draw what the tables allow; the names of the files that were written."""
+    tables, config = grid.tables, grid.config
     scores = tables["scores"].query("images == 'test'").rename(columns={"seeds": "n_seeds"})
     full = scores[scores["fraction"] == scores["fraction"].max()]
-    about = {"caption": caption(config, tables), "synthetic": config.is_synthetic}
+    about = {"caption": caption(grid), "synthetic": config.is_synthetic}
     made = {}
     if scores["fraction"].nunique() > 1:
         made["data_curve"] = grid_figures.data_curve(scores, **about)
@@ -63,25 +98,25 @@ def figures(config, cells: list[Cell], folder: Path, tables: dict[str, pd.DataFr
         last, **(about | {"caption": f"{counted(last['seed'].nunique(), 'seed')}."})
     )
     best = full.sort_values("iou")["label"].iloc[-1]
-    matrix = pooled(cells, folder, best)
+    matrix = pooled(grid, best)
     text = f"{best}, the best of these: pixels of {full['n'].iloc[0]} test images and all seeds together."
     names = list(config.class_names)
     made["confusion"] = grid_figures.confusion_matrix(matrix, names, **(about | {"caption": text}))
     for name, figure in made.items():
-        visualization.save(figure, folder / f"{name}.png")
+        visualization.save(figure, grid.folder / f"{name}.png")
     return list(made)
 
 
-def first_predictions(config, cells: list[Cell], folder: Path, test: SegmentationDataset) -> None:
+def first_predictions(grid: FinishedGrid) -> None:
     """predictions.png: the first test images, as the first seed of each of the first networks outlines them."""
-    groups = grid_tables.by_group(cells)
+    groups = grid_tables.by_group(grid.cells)
     share = max(fraction for _, fraction in groups)
     shown = {label: each[0] for (label, fraction), each in groups.items() if fraction == share}
-    samples = [test[index] for index in range(min(SHOWN_IMAGES, len(test)))]
+    samples = [grid.test[index] for index in range(min(SHOWN_IMAGES, len(grid.test)))]
     images, masks = (torch.stack([getattr(sample, key) for sample in samples]) for key in ("image", "mask"))
     predictions, scores = {}, {}
     for label, cell in list(shown.items())[:SHOWN_NETWORKS]:
-        logits = predict(load_model(folder / "cells" / cell.name / "run" / "best")[0], images)
+        logits = predict(load_model(grid.run(cell) / "best")[0], images)
         predictions[label] = decided(logits).numpy()
         scores[label] = image_scores(logits, masks)["iou"].tolist()
     figure = pictures.example_predictions(
@@ -91,59 +126,54 @@ def first_predictions(config, cells: list[Cell], folder: Path, test: Segmentatio
         [sample.id for sample in samples],
         scores,
         title="What does each outline?",
-        caption=f"The first test images at {config.image_size} px; one seed of each network.",
-        synthetic=config.is_synthetic,
+        caption=f"The first test images at {grid.config.image_size} px; one seed of each network.",
+        synthetic=grid.config.is_synthetic,
     )
-    visualization.save(figure, folder / "predictions.png")
+    visualization.save(figure, grid.folder / "predictions.png")
 
 
-def pooled(cells: Iterable[Cell], folder: Path, label: str) -> np.ndarray:
+def pooled(grid: FinishedGrid, label: str) -> np.ndarray:
     """(C, C) pixels of all seeds and test images of a label at the largest share of the data."""
-    groups = grid_tables.by_group(cells)
+    groups = grid_tables.by_group(grid.cells)
     share = max(fraction for known, fraction in groups if known == label)
-    return grid_tables.pooled_confusions(groups[label, share], folder / "cells")
+    return grid_tables.pooled_confusions(groups[label, share], grid.scores)
 
 
-def confusions(config, cells: list[Cell], folder: Path) -> pd.DataFrame:
+def confusions(grid: FinishedGrid) -> pd.DataFrame:
     """Per label and class: IoU, recall, precision, true pixels; also written as classes.csv and confusion.csv."""
     rows, matrices = [], []
-    for label in dict.fromkeys(map(grid_tables.label_of, cells)):
-        matrix = pooled(cells, folder, label)
-        rows.append(from_confusion(matrix, config.class_names).assign(label=label))
+    for label in dict.fromkeys(map(grid_tables.label_of, grid.cells)):
+        matrix = pooled(grid, label)
+        rows.append(from_confusion(matrix, grid.config.class_names).assign(label=label))
         matrices.append(confusion_table(["all"], matrix[None]).drop(columns="id").assign(label=label))
     table = pd.concat(rows, ignore_index=True)
-    write_table(pd.concat(matrices, ignore_index=True), folder / "confusion.csv")
-    write_table(table, folder / "classes.csv")
+    write_table(pd.concat(matrices, ignore_index=True), grid.folder / "confusion.csv")
+    write_table(table, grid.folder / "classes.csv")
     return table
 
 
-def write_page(
-    config,
-    question: str,
-    overview: pd.DataFrame,
-    cells: list[Cell],
-    starts: dict[str, str],
-    test: SegmentationDataset,
-    tables: dict[str, pd.DataFrame],
-    folder: Path,
-    more: str,
-) -> None:
-    """summary.md of a grid study, with `more` of the study's own before the scores.
+def starts_of(grid: FinishedGrid) -> dict[str, str]:
+    """label -> what its encoder started from: the weights setting in a word, or the name of its file."""
+    words = {"none": RANDOM, "imagenet": "ImageNet"}
+    weights = {grid_tables.label_of(cell): grid.jobs[cell.name].weights for cell in grid.cells}
+    return {label: words.get(start) or Path(start).name for label, start in weights.items()}
 
-    overview : of all cells; cells : the finished ones; starts : label -> what its encoder started from; test : images
-    """
-    drawn = figures(config, cells, folder, tables)
-    if test.transform.size == config.image_size:  # else each network sees them at another size
-        first_predictions(config, cells, folder, test)
+
+def write_page(grid: FinishedGrid, question: str, overview: pd.DataFrame, more: str) -> None:
+    """summary.md of a grid study, with `more` of the study's own before the scores; overview : of all cells."""
+    config, tables, starts = grid.config, grid.tables, starts_of(grid)
+    drawn = figures(grid)
+    if all(grid.jobs[cell.name].image_size == config.image_size for cell in grid.cells):
+        first_predictions(grid)
         drawn += ["predictions"] if config.is_synthetic else []  # real photographs stay with who may have them
-    classes = confusions(config, cells, folder)
+    classes = confusions(grid)
     start = " All networks start from random weights." if set(starts.values()) == {RANDOM} else ""
     data = "**Synthetic images** (embedded set)" if config.is_synthetic else f"Images of `{Path(config.data).name}`"
     done, whole = (overview["state"] == "finished").sum(), len(overview)
     notes = "" if done == whole else f"\n{whole - done} of {whole} cells are not finished:\n{unfinished(overview)}"
     pictures = "\n".join(f"![{name.replace('_', ' ')}]({name}.png)\n" for name in drawn)
     write_text(
-        folder / "summary.md",
+        grid.folder / "summary.md",
         f"""# {question}
 
 {data} at {config.image_size} px; {done} trainings.{start}

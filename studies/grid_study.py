@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from recipes import OVERFIT_IOU, TrainConfig, check_cache_features, check_recipe
 from sources import CHOICE_OF_IMAGES, open_datasets
 from studies import grid, grid_tables
 from studies.cells import Cell, cells_of, check_settings
-from studies.grid_report import RANDOM, write_page
+from studies.grid_report import FinishedGrid, write_page
 from studies.grid_work import job_of, other_source, score_all, work
 from studies.launch import check_launcher, launch
 from studies.results_folder import open_results
@@ -72,8 +72,7 @@ class GridConfig(TrainConfig):
 
 # Settings that change the report and no cell: a finished grid may be reported anew with others.
 OF_THE_REPORT = ("target", "transfer", "scored_train", "resamples", "permutations", "compare")
-# (the study's settings, its finished cells, the results folder, the tables so far) -> more of the page
-Report = Callable[[Any, list[Cell], Path, dict[str, pd.DataFrame]], str]
+Report = Callable[[FinishedGrid], str]  # what a study adds to the page, and to the folder
 
 
 def run_grid(config: GridConfig, study: str, question: str, more: Report) -> Path:
@@ -83,41 +82,55 @@ def run_grid(config: GridConfig, study: str, question: str, more: Report) -> Pat
     """
     config, cells = settle(config, study)
     folder, place = Path(config.out), Path(config.out) / "cells"
-    check(config, cells, place)
+    jobs = {cell.name: job_of(config, cell, place / cell.name) for cell in cells}
+    check(config, cells, jobs, place)
     datasets = open_datasets(dataclasses.replace(config, fraction=1.0, repeats=1))
-    estimate = functools.partial(estimate_cell, config=config, datasets=datasets, place=place, known={})
+    estimate = functools.partial(estimate_cell, config=config, jobs=jobs, datasets=datasets, known={})
     plan = grid.dry_run(cells, place, estimate, config.jobs, config.retry)
     if config.dry_run:
         print(plan)
         return folder
     open_results(config, datasets, resolve_device(config.device), OF_THE_REPORT)
     print(plan.strip().splitlines()[-1], flush=True)
+    run_cells(config, cells, place, study)
+    done = grid_tables.finished(cells, place)
+    if not done:
+        raise InputError(f"none of the {len(cells)} cells is finished, so there is nothing to report; see {place}")
+    if config.overfit:
+        overfit_page(config, cells, folder)
+    else:
+        report(finished_grid(config, done, jobs, datasets["test"]), question, grid.overview(cells, place), more)
+    return folder
+
+
+def run_cells(config: GridConfig, cells: list[Cell], place: Path, study: str) -> None:
+    """Run what is left, by the launcher that was asked for, and print what became of it."""
     run_one = functools.partial(
         grid.run_cell, folder=place, work=functools.partial(work, config=config), retry=config.retry
     )
     launch(cells, run_one, config.launcher, config.jobs, place, config.launcher_options)
     print(grid.page(grid.overview(cells, place), place, f"python experiments.py {study} …"), flush=True)
+
+
+def finished_grid(
+    config: GridConfig, done: list[Cell], jobs: Mapping[str, TrainConfig], test: SegmentationDataset
+) -> FinishedGrid:
+    """The finished cells' scores and tables; image sets that were asked for later are scored first."""
+    place = Path(config.out) / "cells"
     # what a cell does not change is the study's own setting
     base = {"seed": config.seed, "fraction": config.fraction}
-    done = [Cell(cell.labels, base | dict(cell.changes)) for cell in grid_tables.finished(cells, place)]
-    if not done:
-        raise InputError(f"none of the {len(cells)} cells is finished, so there is nothing to report; see {place}")
-    if config.overfit:
-        overfit_page(config, cells, folder)
-        return folder
-    jobs = {cell.name: job_of(config, cell, place / cell.name) for cell in done}
+    done = [Cell(cell.labels, base | dict(cell.changes)) for cell in done]
     for cell in progress(done, desc="scores", unit="cell"):
-        score_all(jobs[cell.name], place / cell.name, config)  # image sets that were asked for later
-    tables = all_tables(config, done, folder)
-    text = more(config, done, folder, tables)
-    starts = {grid_tables.label_of(cell): start_of(jobs[cell.name].weights) for cell in done}
-    write_page(config, question, grid.overview(cells, place), done, starts, datasets["test"], tables, folder, text)
-    return folder
+        score_all(jobs[cell.name], place / cell.name, config)
+    scores = grid_tables.read_scores(done, place)
+    return FinishedGrid(config, done, jobs, test, scores, all_tables(config, done, jobs, scores))
 
 
-def start_of(weights: str) -> str:
-    """What a training's weights setting means, in a word or by the name of its file."""
-    return {"none": RANDOM, "imagenet": "ImageNet"}.get(weights) or Path(weights).name
+def report(found: FinishedGrid, question: str, overview: pd.DataFrame, more: Report) -> None:
+    """All tables as CSV, what the study adds, and the page; overview : of all cells."""
+    for name, table in found.tables.items():
+        write_table(table, found.folder / f"{name}.csv")
+    write_page(found, question, overview, more(found))
 
 
 def settle(config: GridConfig, study: str) -> tuple[GridConfig, list[Cell]]:
@@ -135,32 +148,33 @@ def settle(config: GridConfig, study: str) -> tuple[GridConfig, list[Cell]]:
     return dataclasses.replace(config, out=str(out)), cells
 
 
-def check(config: GridConfig, cells: list[Cell], place: Path) -> None:
+def check(config: GridConfig, cells: list[Cell], jobs: Mapping[str, TrainConfig], place: Path) -> None:
     """Refuse what cannot run, before anything long: settings of every cell, and one model of each kind."""
     check_launcher(config.launcher, config.jobs, config.launcher_options)
     grid.refuse_other_cells(cells, place)
     if not 0 < config.target < 1:
         raise InputError(f"target must be an IoU between 0 and 1, got {config.target}")
-    if config.processes < 1:
-        raise InputError(f"processes must be at least 1, got {config.processes}")
-    if config.scored_train < 1:
-        raise InputError(f"scored_train must be at least 1, got {config.scored_train}")
+    for name in ("processes", "scored_train"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
     refuse_other_run(Path(config.out), dataclasses.asdict(config), OF_THE_REPORT)
-    seen, opened = set(), set()
     for cell in cells:
-        job = job_of(config, cell, place / cell.name)
-        check_images(config, cell, job, opened)
-        check_recipe(job)
-        check_cache_features(job)
-        objective(job)
-        kind = json.dumps(dataclasses.asdict(job.spec), sort_keys=True), job.image_size
-        if kind not in seen:
-            seen.add(kind)
-            check_image_size(build_model(job.spec), job.image_size, job.image_size)
+        check_share(config, cell, jobs[cell.name])
+        check_recipe(jobs[cell.name])
+        check_cache_features(jobs[cell.name])
+        objective(jobs[cell.name])
+    check_images(config, jobs)
+    for job in {kind_of(job): job for job in jobs.values()}.values():
+        check_image_size(build_model(job.spec), job.image_size, job.image_size)
 
 
-def check_images(config: GridConfig, cell: Cell, job: TrainConfig, opened: set) -> None:
-    """Refuse image sets that a cell would stumble over at its end, and shares that cannot make equally many steps."""
+def kind_of(job: TrainConfig, *more: object) -> str:
+    """What trainings of one network on images of one size have in common, with whatever else is to be the same."""
+    return json.dumps([dataclasses.asdict(job.spec), job.image_size, *more], sort_keys=True)
+
+
+def check_share(config: GridConfig, cell: Cell, job: TrainConfig) -> None:
+    """Refuse other images for some cells, and shares of them that cannot make equally many steps."""
     if others := sorted(set(cell.changes) & set(CHOICE_OF_IMAGES) - {"fraction", "fraction_seed", "repeats"}):
         raise InputError(f"axes may not change {', '.join(others)}: all cells of a grid are scored on the same images")
     if config.same_steps and job.fraction < 1 and abs(job.fraction * job.repeats - 1) > 0.05:
@@ -168,21 +182,25 @@ def check_images(config: GridConfig, cell: Cell, job: TrainConfig, opened: set) 
             f"fraction {job.fraction:g}: whole repeats of its images cannot make as many steps as all images do; use "
             "1/2, 1/3, 1/4 and so on, or set same_steps false"
         )
-    part = job.fraction, job.fraction_seed, job.image_size
-    if job.fraction < 1 and part not in opened:
+
+
+def check_images(config: GridConfig, jobs: Mapping[str, TrainConfig]) -> None:
+    """Refuse image sets that a cell would stumble over at its end: each is opened once."""
+    shares = {(job.fraction, job.fraction_seed, job.image_size): job for job in jobs.values() if job.fraction < 1}
+    sizes = {job.image_size: job for job in jobs.values()}
+    for job in shares.values():
         open_datasets(job, needed=("train",))  # a share that leaves no image of a class
     for name, settings in config.transfer.items():
-        source = other_source(job, name, settings)
-        if (name, job.image_size) not in opened:
-            open_datasets(source, needed=("test",))
-        opened.add((name, job.image_size))
-    opened.add(part)
+        for job in sizes.values():
+            open_datasets(other_source(job, name, settings), needed=("test",))
 
 
-def estimate_cell(cell: Cell, config: GridConfig, datasets: dict, place: Path, known: dict) -> float:
+def estimate_cell(
+    cell: Cell, config: GridConfig, jobs: Mapping[str, TrainConfig], datasets: dict, known: dict
+) -> float:
     """Seconds that a cell may take, from timed steps of its model; one of each kind is timed and kept in `known`."""
-    job = job_of(config, cell, place / cell.name)
-    kind = json.dumps([dataclasses.asdict(job.spec), job.image_size, job.batch_size], sort_keys=True)
+    job = jobs[cell.name]
+    kind = kind_of(job, job.batch_size)
     if kind not in known:
         data = datasets["train"]
         if job.transform != data.transform:
@@ -197,21 +215,20 @@ def estimate_cell(cell: Cell, config: GridConfig, datasets: dict, place: Path, k
     return served * step + scored * forward
 
 
-def all_tables(config: GridConfig, cells: list[Cell], folder: Path) -> dict[str, pd.DataFrame]:
-    """runs, scores, paired, costs and history of the finished cells, each also written as a CSV."""
-    place = folder / "cells"
+def all_tables(
+    config: GridConfig, cells: list[Cell], jobs: Mapping[str, TrainConfig], scores: grid_tables.Scores
+) -> dict[str, pd.DataFrame]:
+    """runs, scores, paired, costs and history of the finished cells."""
+    place = Path(config.out) / "cells"
     groups = grid_tables.by_group(cells)
-    sizes = {cell.name: job_of(config, cell, place / cell.name).image_size for cell in cells}
-    tables = {
-        "runs": grid_tables.run_table(cells, place, config.target),
-        "scores": grid_tables.score_table(groups, place),
-        "paired": grid_tables.paired_table(groups, place),
+    sizes = {cell.name: jobs[cell.name].image_size for cell in cells}
+    return {
+        "runs": grid_tables.run_table(cells, scores, place, config.target),
+        "scores": grid_tables.score_table(groups, scores),
+        "paired": grid_tables.paired_table(groups, scores),
         "costs": grid_tables.cost_table(groups, place, sizes, config.device),
         "history": grid_tables.histories(cells, place),
     }
-    for name, table in tables.items():
-        write_table(table, folder / f"{name}.csv")
-    return tables
 
 
 def overfit_page(config: GridConfig, cells: list[Cell], folder: Path) -> None:

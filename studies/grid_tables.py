@@ -10,22 +10,37 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control, wilcoxon
+from scipy.stats import wilcoxon
 
 from class_metrics import confusions_of, mean_class_accuracy, mean_iou
 from costs import measure
 from similarity import intervals
+from similarity.nulls import benjamini_hochberg
 from studies.cells import Cell, text_of
 from studies.grid import FINISHED
 from utils import progress, resolve_device, write_text
 
 SEED, FRACTION = "seed", "fraction"  # a cell of a report has both among its changes
 RESAMPLES = 1000
+POOLED = {"miou": mean_iou, "class_accuracy": mean_class_accuracy}  # scores of a network's pooled confusion matrix
+PAIRED_COLUMNS = ("label_a", "label_b", "fraction", "seeds", "n", "difference", "low", "high", "p_value")
 Group = tuple[str, float]  # (label, fraction of the training images)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One network on one image set: iou, a Series by image id, and confusions, pixels (images, C, C)."""
+
+    iou: pd.Series
+    confusions: np.ndarray
+
+
+Scores = Mapping[str, Mapping[str, Scored]]  # cell's name -> image set, test first -> what was scored
 
 
 def label_of(cell: Cell) -> str:
@@ -50,21 +65,41 @@ def by_group(cells: Iterable[Cell]) -> dict[Group, list[Cell]]:
     return groups
 
 
-def run_table(cells: Sequence[Cell], folder: Path, target: float) -> pd.DataFrame:
+def read_scores(cells: Iterable[Cell], folder: Path) -> Scores:
+    """All that the cells' networks scored, each file read once."""
+    return {
+        cell.name: {images: scored_in(folder / cell.name, images) for images in image_sets_of(folder / cell.name)}
+        for cell in cells
+    }
+
+
+def image_sets_of(cell_folder: Path) -> list[str]:
+    """Names of the image sets that a cell was scored on: test first, then by name."""
+    names = {path.name.removesuffix("-confusion.csv") for path in cell_folder.glob("*-confusion.csv")}
+    return sorted(names, key=lambda name: (name != "test", name))
+
+
+def scored_in(cell_folder: Path, images: str) -> Scored:
+    """What a cell's files hold of an image set."""
+    table = pd.read_csv(cell_folder / f"{images}.csv", dtype={"id": str}).set_index("id")
+    _, confusions = confusions_of(pd.read_csv(cell_folder / f"{images}-confusion.csv", dtype={"id": str}))
+    return Scored(table["iou"], confusions)
+
+
+def run_table(cells: Sequence[Cell], scores: Scores, folder: Path, target: float) -> pd.DataFrame:
     """One row a cell: label, fraction, seed, its scores on each of its image sets, and how its training went.
 
     epochs_to_target: the first epoch with a validation IoU of `target`, NaN where none has; seconds: of the training.
     """
     rows = []
     for cell in cells:
-        own = folder / cell.name
-        history = pd.read_csv(own / "run" / "history.csv")
+        history = pd.read_csv(folder / cell.name / "run" / "history.csv")
         label, fraction = group_of(cell)
         row = {"label": label, "fraction": fraction, "seed": seed_of(cell)}
-        for name in image_sets_of(own):
-            matrix = confusions_in(own, name)[1].sum(0)
-            row |= {f"{name}_iou": pd.read_csv(own / f"{name}.csv")["iou"].mean()}
-            row |= {f"{name}_miou": mean_iou(matrix), f"{name}_class_accuracy": mean_class_accuracy(matrix)}
+        for images, scored in scores[cell.name].items():
+            matrix = scored.confusions.sum(0)
+            row |= {f"{images}_iou": scored.iou.mean()}
+            row |= {f"{images}_{name}": statistic(matrix) for name, statistic in POOLED.items()}
         reached = history.loc[history["validation_iou"] >= target, "epoch"]
         row |= {"best_validation_iou": history["validation_iou"].max(), "epochs": len(history)}
         row |= {"epochs_to_target": reached.min() if len(reached) else np.nan, "seconds": history["seconds"].sum()}
@@ -76,29 +111,14 @@ def seed_of(cell: Cell) -> int:
     return int(cell.changes[SEED])
 
 
-def confusions_in(cell_folder: Path, images: str) -> tuple[list[str], np.ndarray]:
-    """(ids, (images, C, C) pixels) of a cell on an image set."""
-    return confusions_of(pd.read_csv(cell_folder / f"{images}-confusion.csv", dtype={"id": str}))
+def image_scores(cells: Sequence[Cell], scores: Scores, images: str = "test") -> pd.DataFrame:
+    """Per-image IoU of one group: a row a seed, a column an image; NaN where a seed was not scored on an image."""
+    return pd.DataFrame({seed_of(cell): scores[cell.name][images].iou for cell in cells}).T.sort_index()
 
 
-def image_sets_of(cell_folder: Path) -> list[str]:
-    """Names of the image sets that a cell was scored on: test first, then by name."""
-    names = {path.name.removesuffix("-confusion.csv") for path in cell_folder.glob("*-confusion.csv")}
-    return sorted(names, key=lambda name: (name != "test", name))
-
-
-def image_scores(cells: Sequence[Cell], folder: Path, images: str = "test", metric: str = "iou") -> pd.DataFrame:
-    """Per-image values of one group: a row a seed, a column an image; NaN where a seed was not scored on an image."""
-    columns = {}
-    for cell in cells:
-        table = pd.read_csv(folder / cell.name / f"{images}.csv", dtype={"id": str})
-        columns[seed_of(cell)] = table.set_index("id")[metric]
-    return pd.DataFrame(columns).T.sort_index()
-
-
-def pooled_confusions(cells: Sequence[Cell], folder: Path, images: str = "test") -> np.ndarray:
+def pooled_confusions(cells: Sequence[Cell], scores: Scores, images: str = "test") -> np.ndarray:
     """(C, C) pixels of one group: of all its images, summed over its seeds."""
-    return sum(confusions_in(folder / cell.name, images)[1].sum(0) for cell in cells)
+    return sum(scores[cell.name][images].confusions.sum(0) for cell in cells)
 
 
 def mean_with_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
@@ -126,8 +146,8 @@ def _interval(each: np.ndarray, image_se: float, level: float = 0.95) -> tuple[f
 
 def pooled_with_interval(
     matrices: Sequence[np.ndarray], statistic: Callable[[np.ndarray], float], seed: int = 0
-) -> tuple[float, float, float]:
-    """(mean over seeds, low, high) of a statistic of each seed's pooled confusion matrix, intervals as above.
+) -> tuple[np.ndarray, float, float]:
+    """(each seed's, low, high) of a statistic of the pooled confusion matrix; the interval is of their mean, as above.
 
     matrices : one (images, C, C) a seed. The standard error over images is a bootstrap's (`RESAMPLES` draws, the same
     images for all seeds); none where the seeds saw other numbers of images, or fewer than two.
@@ -135,16 +155,16 @@ def pooled_with_interval(
     each = np.array([statistic(matrix.sum(0)) for matrix in matrices])
     count = len(matrices[0])
     if count < 2 or any(len(matrix) != count for matrix in matrices):
-        return float(each.mean()), np.nan, np.nan
+        return each, np.nan, np.nan
     times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     drawn = np.zeros(RESAMPLES)
     for matrix in matrices:
         pooled = np.tensordot(times.astype(np.float64), matrix.astype(np.float64), 1)
         drawn += [statistic(one) / len(matrices) for one in pooled]
-    return float(each.mean()), *_interval(each, drawn.std(ddof=1))
+    return each, *_interval(each, drawn.std(ddof=1))
 
 
-def score_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.DataFrame:
+def score_table(groups: Mapping[Group, Sequence[Cell]], scores: Scores) -> pd.DataFrame:
     """One row a group and image set: iou, miou and class_accuracy, each with _low and _high (of iou low and high).
 
     iou is the mean over images of per-image values; miou and class_accuracy are of a seed's pooled pixels; all are
@@ -152,22 +172,22 @@ def score_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.Data
     """
     rows = []
     for (label, fraction), cells in groups.items():
-        for images in image_sets_of(folder / cells[0].name):
-            values = image_scores(cells, folder, images)
+        for images in scores[cells[0].name]:
+            values = image_scores(cells, scores, images)
             mean, low, high = mean_with_interval(values.to_numpy())
             row = {"label": label, "fraction": fraction, "images": images, "seeds": len(values)}
             row |= {"n": int(values.notna().sum(axis=1).min()), "iou": mean, "low": low, "high": high}
-            row["seed_sd"] = values.mean(axis=1).std(ddof=1) if len(values) > 1 else np.nan
-            matrices = [confusions_in(folder / cell.name, images)[1] for cell in cells]
-            for name, statistic in (("miou", mean_iou), ("class_accuracy", mean_class_accuracy)):
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), pooled_with_interval(matrices, statistic)))
-            each = [mean_iou(matrix.sum(0)) for matrix in matrices]
-            row["miou_sd"] = float(np.std(each, ddof=1)) if len(each) > 1 else np.nan
+            row["seed_sd"] = values.mean(axis=1).std(ddof=1)  # of one seed NaN
+            matrices = [scores[cell.name][images].confusions for cell in cells]
+            pooled = {name: pooled_with_interval(matrices, statistic) for name, statistic in POOLED.items()}
+            for name, (each, low, high) in pooled.items():
+                row |= {name: float(each.mean()), f"{name}_low": low, f"{name}_high": high}
+            row["miou_sd"] = pd.Series(pooled["miou"][0]).std(ddof=1)
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def paired_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.DataFrame:
+def paired_table(groups: Mapping[Group, Sequence[Cell]], scores: Scores) -> pd.DataFrame:
     """Every two labels at one fraction: the difference of their IoU on the same seeds and test images.
 
     low, high: as of `mean_with_interval`. p_value: Wilcoxon's signed-rank test over images of the mean over seeds
@@ -180,7 +200,7 @@ def paired_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.Dat
     ):
         if (a, fraction) not in groups or (b, fraction) not in groups:
             continue
-        one, other = (image_scores(groups[label, fraction], folder) for label in (a, b))
+        one, other = (image_scores(groups[label, fraction], scores) for label in (a, b))
         seeds = [seed for seed in one.index if seed in other.index]
         if not seeds:
             continue
@@ -190,14 +210,7 @@ def paired_table(groups: Mapping[Group, Sequence[Cell]], folder: Path) -> pd.Dat
         test = wilcoxon(np.nanmean(difference, axis=0), nan_policy="omit")
         rows.append(row | {"difference": mean, "low": low, "high": high, "p_value": float(test.pvalue)})
     table = pd.DataFrame(rows, columns=[*PAIRED_COLUMNS])
-    known = table["p_value"].notna()
-    table["q_value"] = np.nan
-    if known.any():
-        table.loc[known, "q_value"] = false_discovery_control(table.loc[known, "p_value"])
-    return table
-
-
-PAIRED_COLUMNS = ("label_a", "label_b", "fraction", "seeds", "n", "difference", "low", "high", "p_value")
+    return table.assign(q_value=benjamini_hochberg(table["p_value"]))
 
 
 def histories(cells: Sequence[Cell], folder: Path) -> pd.DataFrame:

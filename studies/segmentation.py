@@ -163,7 +163,7 @@ def score_variant(config: SegmentationConfig, name: str, datasets: dict) -> pd.D
     return pd.concat(tables)[columns]
 
 
-def mean_with_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+def mean_with_bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of values (seeds, images): percentile bootstrap that draws seeds and images anew, 95 %.
 
     Networks of one recipe differ and images differ; an interval over images alone would speak of these networks only.
@@ -190,13 +190,13 @@ def summarize_variants(metrics: pd.DataFrame, metric: str = "iou") -> pd.DataFra
     base = cells[RECIPE, False, "one"]
     rows = []
     for (variant, flips, networks), table in cells.items():
-        mean, low, high = mean_with_interval(table.to_numpy())
+        mean, low, high = mean_with_bootstrap(table.to_numpy())
         row = {"variant": variant, "flips": flips, "networks": networks, "seeds": len(base), "images": table.shape[1]}
         row |= {"mean": mean, "low": low, "high": high}
         if (variant, flips, networks) != (RECIPE, False, "one"):
             other = base if networks == "one" else base.mean().to_frame().T
             difference = table[other.columns].to_numpy() - other.to_numpy()
-            row |= dict(zip(("difference", "difference_low", "difference_high"), mean_with_interval(difference)))
+            row |= dict(zip(("difference", "difference_low", "difference_high"), mean_with_bootstrap(difference)))
         rows.append(row)
     return pd.DataFrame(rows)
 

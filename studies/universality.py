@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,15 +21,15 @@ from dataset import SegmentationDataset, make_loader
 from images import duplicates
 from inference import score
 from loss_metrics import summarize
-from models import build_model, load_model, sites
+from models import build_model, load_model
 from similarity import Recording, record_models
 from similarity.intervals import FEWEST_IMAGES
 from similarity.policies import parse_policy
-from similarity.recording import hash_model
 from sources import ImageSource, open_datasets
 from studies import analysis
 from studies import universality_report as report
 from studies.controls import with_lesion
+from studies.recordings import kept_recording
 from studies.results_folder import open_results
 from studies.ruler import ESTIMATORS, HEADLINE, NEIGHBOURS
 from studies.stitched import matched_sites
@@ -360,7 +359,8 @@ def record_all(
     everyone = [member for state in STATES for member in members(config, state)]
     for member in everyone:
         model = load_member(member, folder)
-        cached = {policy: _cached_recording(folder, member, policy, model, test) for policy in config.policies}
+        paths = {policy: recording_path(folder, member.name, policy) for policy in config.policies}
+        cached = {policy: kept_recording(path, model, test) for policy, path in paths.items()}
         if all(cached.values()):
             found[member.name] = cached
         else:
@@ -377,19 +377,3 @@ def record_all(
 
 def recording_path(folder: Path, member: str, policy: str) -> Path:
     return folder / "recordings" / f"{member}-{policy.replace(':', '')}.safetensors"
-
-
-def _cached_recording(folder: Path, member: Member, policy: str, model: nn.Module, test) -> Recording | None:
-    """The recording on disk if it is of these weights and images; a stale one is made again."""
-    path = recording_path(folder, member.name, policy)
-    if not path.exists():
-        return None
-    try:
-        recording = Recording.load(path)
-    except (SafetensorError, ValueError):  # cut short, or of another version
-        return None
-    current = recording.model_hash == hash_model(model) and recording.data_hash == test.fingerprint
-    # a policy may leave sites out, so the recorded ones are among the model's, in its order
-    listed = [site.name for site in sites(model, test.transform.size)]
-    same = recording.names == [name for name in listed if name in recording.features]
-    return recording if current and same else None

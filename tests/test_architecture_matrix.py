@@ -177,7 +177,7 @@ def test_a_constant_site_is_left_out_and_counted(three):
 
 
 def test_networks_that_share_a_latent_by_family_follow_family(by_family):
-    _, facts, tables = by_family
+    _, _, tables = by_family
     found = tables["factors"].set_index(["part", "quantity", "factor"])
     for part in ("encoder", "decoder"):
         for quantity in ("similarity", "u"):
@@ -185,7 +185,7 @@ def test_networks_that_share_a_latent_by_family_follow_family(by_family):
             assert row["p_holm"] < 0.05 and row["r"] > 0.8 and row["p_partial_holm"] < 0.05
             assert found.loc[(part, quantity, "task score"), "p_holm"] > 0.05
         assert found.loc[(part, "floor", "family"), "p"] > 0.01  # untrained twins share no latent of a family
-    words = sentence(tables, facts)
+    words = sentence(tables)
     assert words.startswith("Among 10 architectures (45 pairs") and words.count(".") > 1
     row = found.loc[("encoder", "similarity", "family")]
     assert f"encoders are more alike of one family ({row.difference:+.2f}, r {row.r:.2f}, p {row.p_holm:.2g}" in words
@@ -208,19 +208,19 @@ def test_independent_networks_are_not_found_to_follow_anything():
     tables = architecture_matrix.compare(networks_of([latent_of(7, k) for k in range(9)]), facts, **SMALL)
     table = tables["factors"]
     assert (table.loc[table["quantity"] == "similarity", "p_holm"] > 0.05).all()
-    assert "encoders were not found more alike" in sentence(tables, facts)
-    assert "does not show that they follow nothing" in sentence(tables, facts)
+    assert "encoders were not found more alike" in sentence(tables)
+    assert "does not show that they follow nothing" in sentence(tables)
 
 
 def test_with_so_few_architectures_nothing_can_be_told(three):
     networks, facts = three
     tables = architecture_matrix.compare(networks, facts, **SMALL)
-    words = sentence(tables, facts)
+    words = sentence(tables)
     smallest = tables["factors"].query("part == 'encoder' and quantity == 'similarity'")["p_smallest"].min()
     assert f"encoders cannot be told to follow anything: the smallest p that so few allow is {smallest:.2g}" in words
     two = {name: recording for name, recording in networks.items() if name[0] != "n2"}
     tables = architecture_matrix.compare(two, facts, **SMALL)
-    assert "encoders allow no test (1 pair of items" in sentence(tables, facts)
+    assert "encoders allow no test (1 pair of items" in sentence(tables)
 
 
 def test_a_label_without_a_number_is_left_out_of_what_is_followed_by_name():

@@ -15,15 +15,12 @@ from class_metrics import (
     IGNORE,
     ce_dice,
     class_scores,
-    confusion,
     confusion_table,
     confusions_of,
     from_confusion,
     image_confusions,
     mean_class_accuracy,
     mean_iou,
-    pixel_accuracy,
-    pooled_interval,
 )
 from utils import InputError
 
@@ -162,7 +159,7 @@ def test_confusions_are_those_of_sklearn_image_by_image_and_together():
     for image, matrix in enumerate(matrices):
         expected = sk.confusion_matrix(*counted_of(prediction, target, image), labels=range(4))
         assert (matrix == expected).all()
-    assert (confusion(prediction[:, None], target[:, None], 4) == matrices.sum(0)).all()
+    assert (image_confusions(prediction[:, None], target[:, None], 4) == matrices).all()
 
 
 def test_scores_are_those_of_sklearn_over_the_classes_present():
@@ -223,7 +220,7 @@ def test_the_table_of_classes_is_that_of_sklearn():
     prediction, target = random_pair(2)
     keep = target != IGNORE
     true, found = target[keep].numpy(), prediction[keep].numpy()
-    matrix = confusion(prediction, target, 4)
+    matrix = image_confusions(prediction, target, 4).sum(0)
     table = from_confusion(matrix, ["skin", "lesion", "hair", "ruler"])
     assert list(table["class"]) == ["skin", "lesion", "hair", "ruler"]
     assert table["iou"].to_numpy() == pytest.approx(sk.jaccard_score(true, found, average=None))
@@ -232,14 +229,13 @@ def test_the_table_of_classes_is_that_of_sklearn():
     assert list(table["pixels"]) == list(np.bincount(true, minlength=4))
     assert mean_iou(matrix) == pytest.approx(sk.jaccard_score(true, found, average="macro"))
     assert mean_class_accuracy(matrix) == pytest.approx(sk.balanced_accuracy_score(true, found))
-    assert pixel_accuracy(matrix) == pytest.approx(sk.accuracy_score(true, found))
 
 
 def test_a_binary_lesion_mask_is_the_case_of_two_classes():
     generator = torch.Generator().manual_seed(0)
     found, truth = (torch.rand(1, 1, 16, 16, generator=generator) < 0.4 for _ in range(2))
     binary = loss_metrics.image_metrics(found, truth)
-    table = from_confusion(confusion(found, truth, 2))
+    table = from_confusion(image_confusions(found, truth, 2).sum(0))
     assert table["iou"][1] == pytest.approx(binary["iou"][0])
     assert table["accuracy"].to_numpy() == pytest.approx([binary["specificity"][0], binary["sensitivity"][0]])
 
@@ -253,12 +249,12 @@ def test_ratios_that_do_not_exist_are_nan_and_left_out_of_the_means():
     np.testing.assert_allclose(table["precision"], [8 / 13, np.nan, 0, np.nan])
     assert mean_iou(matrix) == pytest.approx(8 / 15 / 3) and mean_class_accuracy(matrix) == pytest.approx(0.4)
     empty = np.zeros((3, 3), dtype=int)
-    assert np.isnan([mean_iou(empty), mean_class_accuracy(empty), pixel_accuracy(empty)]).all()
+    assert np.isnan([mean_iou(empty), mean_class_accuracy(empty)]).all()
 
 
 @pytest.mark.parametrize("matrix", [np.ones((2, 3)), np.ones(4), np.ones((1, 1)), np.full((2, 2), -1)])
 def test_what_is_no_confusion_matrix_is_refused(matrix):
-    for statistic in (mean_iou, mean_class_accuracy, pixel_accuracy, from_confusion):
+    for statistic in (mean_iou, mean_class_accuracy, from_confusion):
         with pytest.raises(InputError, match="confusion matrix"):
             statistic(matrix)
 
@@ -283,45 +279,3 @@ def test_a_table_with_a_missing_or_double_row_is_refused():
             confusions_of(damaged)
     with pytest.raises(InputError, match="an id of its own"):
         confusion_table(["a", "a"], np.ones((2, 3, 3), dtype=int))
-
-
-def test_the_interval_is_that_of_resampled_images_pooled_one_by_one():
-    matrices = image_confusions(*random_pair(4, images=12), 4)
-    value, low, high = pooled_interval(matrices, mean_iou, seed=0, resamples=4000)
-    generator = np.random.default_rng(99)  # other draws, by index: they agree up to the noise of the bootstrap
-    drawn = [mean_iou(sum(matrices[i] for i in generator.integers(12, size=12))) for _ in range(4000)]
-    spread = np.std(drawn)
-    assert value == mean_iou(matrices.sum(0)) and low < value < high
-    assert [low, high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.1 * spread)
-
-
-def test_for_images_of_one_size_pooled_accuracy_has_the_interval_of_the_mean_over_images():
-    generator = np.random.default_rng(0)
-    right = generator.integers(40, 100, size=60)
-    matrices = np.stack([[[n, 100 - n], [0, 0]] for n in right])
-    value, low, high = pooled_interval(matrices, pixel_accuracy, seed=1, resamples=8000)
-    frame = pd.DataFrame({name: right / 100 for name in loss_metrics.METRICS})
-    expected = loss_metrics.summarize(frame, resamples=8000).set_index("metric").loc["accuracy"]
-    assert value == pytest.approx(expected["mean"])
-    assert [low, high] == pytest.approx([expected["low"], expected["high"]], abs=0.1 * (high - low) / 4)
-
-
-def test_the_same_seed_gives_the_same_interval_and_a_wider_level_contains_it():
-    matrices = image_confusions(*random_pair(5, images=10), 4)
-    first = pooled_interval(matrices, mean_iou, seed=3, resamples=500)
-    assert first == pooled_interval(matrices, mean_iou, seed=3, resamples=500)
-    assert first != pooled_interval(matrices, mean_iou, seed=4, resamples=500)
-    wide = pooled_interval(matrices, mean_iou, seed=3, resamples=500, level=0.99)
-    assert wide[1] < first[1] < first[2] < wide[2]
-
-
-def test_one_image_has_a_value_and_no_interval():
-    matrices = image_confusions(*random_pair(6, images=1), 4)
-    value, low, high = pooled_interval(matrices, mean_iou, seed=0)
-    assert value == mean_iou(matrices[0]) and np.isnan([low, high]).all()
-
-
-@pytest.mark.parametrize("options", [{"level": 1.0}, {"level": 0.0}, {"resamples": 0}])
-def test_impossible_levels_and_resamples_are_refused(options):
-    with pytest.raises(InputError, match="level"):
-        pooled_interval(np.ones((3, 2, 2), dtype=int), mean_iou, seed=0, **options)

@@ -38,12 +38,6 @@ def cost_table():
     return table.assign(parameters=parameters, iou=iou, low=iou - 0.015, high=iou + 0.015)
 
 
-def score_table():
-    rows = [("A", "scratch", 0.6), ("B", "scratch", 0.7), ("A", "pretrained", 0.8), ("B", "pretrained", 0.75)]
-    table = pd.DataFrame(rows, columns=["label", "group", "iou"])
-    return table.assign(low=table["iou"] - 0.02, high=table["iou"] + 0.02)
-
-
 MATRIX = np.array([[900, 50, 50], [0, 0, 0], [1000, 500, 2500]])
 NAMES = ["background", "pet", "border"]
 ALL = {
@@ -51,7 +45,6 @@ ALL = {
     "confusion": lambda: figures.confusion_matrix(MATRIX, NAMES, **TEXTS),
     "loss": lambda: figures.loss_curves(history(), **TEXTS),
     "cost": lambda: figures.cost_scatter(cost_table(), **TEXTS),
-    "scores": lambda: figures.score_bars(score_table(), **TEXTS),
 }
 
 
@@ -70,7 +63,7 @@ def test_every_figure_has_a_question_labelled_axes_and_says_when_data_are_synthe
     assert figure.get_suptitle().endswith("?")
     assert "n = 9" in figure.get_supxlabel() and "synthetic" in figure.get_supxlabel()
     drawn = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
-    assert all(ax.get_xlabel() and (ax.get_ylabel() or name == "scores") for ax in drawn)
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in drawn)
     visualization.save(figure, tmp_path / "figure.png")
     visualization.save(ALL[name](), tmp_path / "again.png")
     assert (tmp_path / "figure.png").read_bytes() == (tmp_path / "again.png").read_bytes()
@@ -82,7 +75,6 @@ def test_every_figure_has_a_question_labelled_axes_and_says_when_data_are_synthe
         (figures.data_curve, data_table().rename(columns={"encoder": "label"})),
         (figures.loss_curves, history()),
         (figures.cost_scatter, cost_table()),
-        (figures.score_bars, score_table()),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -229,19 +221,3 @@ def test_labels_of_crowded_models_cover_neither_each_other_nor_a_mark():
 def test_models_without_operations_are_refused():
     with pytest.raises(InputError, match="above 0"):
         figures.cost_scatter(cost_table().assign(gflops=0.0))
-
-
-def test_scores_are_sorted_within_groups_and_groups_by_their_best():
-    figure = figures.score_bars(score_table(), **TEXTS)
-    ax = figure.axes[0]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["A", "B", "B", "A"]
-    assert [list(line.get_xdata()) for line in lines_with_marks(ax)] == [[0.8, 0.75], [0.7, 0.6]]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pretrained", "scratch"]
-    assert segments(ax)[:, :, 0] == pytest.approx(np.array([[0.78, 0.82], [0.73, 0.77], [0.68, 0.72], [0.58, 0.62]]))
-    bottom, top = ax.get_ylim()
-    assert bottom > top  # the first row is at the top
-
-
-def test_two_rows_for_one_label_of_a_group_are_refused():
-    with pytest.raises(InputError, match="several rows"):
-        figures.score_bars(pd.concat([score_table(), score_table()]))

@@ -16,15 +16,20 @@ from PIL import Image
 from scipy.stats import t, wilcoxon
 
 from experiments import load_config, spelt_out
+from model_spec import ModelSpec
+from sources import open_datasets
 from studies import architectures, encoders, grid_study
 from studies.cells import cells_of
 from studies.encoders import EncodersConfig
+from studies.families import family_of
+from studies.grid_report import FinishedGrid
 from studies.grid_tables import mean_with_interval
 from studies.grid_work import job_of
 from utils import HOME, InputError
 
 IMAGES = {"synthetic_images": {"Training": 16, "Validation": 4, "Test": 20}, "synthetic_size": 64, "image_size": 64}
 SMALL = {"preset": "smoke", "epochs": 1, "batch_size": 8, "learning_rate": 2e-3, "device": "cpu", "scored_train": 6}
+FEW = {"Training": 8, "Validation": 4, "Test": 4}
 AXES = {
     "encoder": {"ViT": {"options": {"encoder": {"vit": "mae_tiny"}}}, "Swin": {}},
     "fraction": [0.5, 1.0],
@@ -141,8 +146,6 @@ def test_cells_on_a_part_of_the_images_make_as_many_steps_on_nested_subsets(tmp_
     config = config_of(tmp_path)
     jobs = [job_of(config, cell, tmp_path) for cell in cells_of({"fraction": [0.25, 0.5, 1.0], "seed": [3]})]
     assert [job.repeats for job in jobs] == [4, 2, 1] and [job.fraction_seed for job in jobs[:2]] == [3, 3]
-    from sources import open_datasets
-
     chosen = [set(open_datasets(job, needed=("train",))["train"].ids) for job in jobs]
     assert chosen[0] < chosen[1] < chosen[2]
     assert [len(open_datasets(job, needed=("train",))["train"]) for job in jobs] == [16, 16, 16]
@@ -166,6 +169,46 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, capsys):
     encoders.run(config_of(tmp_path / "out", dry_run=True))
     said = capsys.readouterr().out
     assert "8 of 8 cells are left" in said and "estimated" in said and not (tmp_path / "out").exists()
+
+
+def test_a_network_that_takes_no_other_size_is_shown_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("costs.peak_memory", lambda *_: 1.0)  # it starts a process, which takes its time
+    patches = {"options": {"encoder": {"vit": "dinov2_tiny14"}}, "image_size": 70}
+    config = config_of(tmp_path / "out", axes={"encoder": {"ViT 14": patches}}, synthetic_images=FEW)
+    folder = encoders.run(config)  # the study's own 64 px are no whole number of patches
+    assert (folder / "summary.md").exists() and not (folder / "predictions.png").exists()
+
+
+def test_networks_of_one_size_see_the_test_images_that_are_open(tmp_path):
+    config = config_of(tmp_path / "out")
+    cells = cells_of({"image_size": [64, 48], "seed": [0]})
+    jobs = {cell.name: job_of(config, cell, tmp_path / cell.name) for cell in cells}
+    grid = FinishedGrid(config, cells, jobs, open_datasets(config, needed=("test",))["test"], {}, {})
+    own, other = map(grid.seen_by, cells)
+    assert own is grid.test and grid.run(cells[1]) == tmp_path / cells[1].name / "run"
+    assert other.ids == own.ids and other[0].image.shape == (3, 48, 48)
+
+
+def test_a_finished_grid_is_timed_no_more(results, monkeypatch, capsys):
+    monkeypatch.setattr(grid_study, "time_a_step", lambda *_: pytest.fail("a step was timed"))
+    encoders.run(config_of(results, transfer={"elsewhere": {"synthetic_seed": 7}}, dry_run=True))
+    said = capsys.readouterr().out
+    assert "Nothing is left to run" in said and said.count("took") == 8
+
+
+def test_every_image_set_is_opened_once_before_anything_runs(tmp_path, monkeypatch):
+    opened = []
+
+    def noted(source, *, seed=0, needed=("train", "validation", "test")):
+        opened.append((source.fraction, source.fraction_seed, source.synthetic_seed, needed))
+        return open_datasets(source, seed=seed, needed=needed)
+
+    monkeypatch.setattr(grid_study, "open_datasets", noted)
+    axes = {"learning_rate": [1e-3, 1e-2], **AXES}
+    encoders.run(config_of(tmp_path / "out", axes=axes, transfer={"elsewhere": {"synthetic_seed": 7}}, dry_run=True))
+    shares = [(0.5, seed, 0, ("train",)) for seed in (0, 1)]
+    whole = (1.0, 0, 0, ("train", "validation", "test"))
+    assert sorted(opened) == sorted([*shares, (1.0, 0, 7, ("test",)), whole])
 
 
 def test_a_cell_that_fails_is_listed_with_its_error_and_the_others_go_on(tmp_path, capsys):
@@ -268,8 +311,8 @@ def test_pets_against_background_are_a_transfer_of_lesions(pets, tmp_path):
 
 
 def test_a_cell_may_be_trained_by_several_processes(tmp_path):
-    images = {"synthetic_images": {"Training": 8, "Validation": 4, "Test": 4}}
-    config = config_of(tmp_path / "out", axes={"seed": [0]}, model="segformer", processes=2, batch_size=2, **images)
+    few = {"batch_size": 2, "synthetic_images": FEW}
+    config = config_of(tmp_path / "out", axes={"seed": [0]}, model="segformer", processes=2, **few)
     folder = encoders.run(config)
     stored = yaml.safe_load((folder / "cells" / "seed-0" / "run" / "config.yaml").read_text())
     assert stored["processes"] == 2 and len(pd.read_csv(folder / "runs.csv")) == 1
@@ -304,7 +347,7 @@ def test_switches_may_be_named_alone():
 
 def test_families_are_of_encoder_and_decoder():
     def family(model, **options):
-        return architectures.family_of(architectures.TrainConfig(model=model, preset="smoke", options=options))
+        return family_of(ModelSpec(model, "smoke", options=options))
 
     assert [family(name) for name in ("unet", "fcn", "deeplabv3plus", "segformer")] == ["CNN"] * 3 + ["transformer"]
     assert family("mask2former") == "transformer"

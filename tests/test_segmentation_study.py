@@ -12,7 +12,7 @@ from inference import load_ensemble, score_split
 from loss_metrics import METRICS
 from sources import open_datasets
 from studies import segmentation
-from studies.segmentation import RECIPE, SegmentationConfig, mean_with_interval, summarize_variants, trainings
+from studies.segmentation import RECIPE, SegmentationConfig, mean_with_bootstrap, summarize_variants, trainings
 from utils import InputError
 
 TINY = ["--synthetic_images", '{"Training": 12, "Validation": 6, "Test": 8}', "--synthetic_size", "64", "--epochs", "1"]
@@ -49,11 +49,11 @@ def test_every_variant_of_every_seed_is_the_recipe_but_for_its_changes(tmp_path)
 def test_intervals_hold_the_spread_of_seeds_and_of_images():
     rng = np.random.default_rng(0)
     images, seeds = rng.normal(0, 1, 400), rng.normal(0, 1, 30)[:, None]
-    mean, low, high = mean_with_interval(np.zeros((3, 5)) + 0.25)
+    mean, low, high = mean_with_bootstrap(np.zeros((3, 5)) + 0.25)
     assert (mean, low, high) == (0.25, 0.25, 0.25)
-    mean, low, high = mean_with_interval(images[None])  # one seed: the images' standard error, 1.96 / √400 either way
+    mean, low, high = mean_with_bootstrap(images[None])  # one seed: the images' standard error, 1.96 / √400 either way
     assert high - low == pytest.approx(2 * 1.96 * images.std() / 20, rel=0.1) and low < mean < high
-    mean, low, high = mean_with_interval(images + seeds)
+    mean, low, high = mean_with_bootstrap(images + seeds)
     expected = 2 * 1.96 * np.sqrt(images.var() / 400 + seeds.var() / 30)
     assert high - low == pytest.approx(expected, rel=0.15)
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from studies import architectures, classifiers, encoders, legacy, segmentation, universality
+from studies import architectures, classifiers, encoders, explanations, legacy, segmentation, universality
 from utils import HOME, InputError, closest, format_seconds, read_settings, sentences_instead_of_tracebacks
 
 STUDIES = {
@@ -21,6 +21,7 @@ STUDIES = {
     "encoders": (encoders.EncodersConfig, encoders.run),
     "architectures": (architectures.ArchitecturesConfig, architectures.run),
     "classifiers": (classifiers.ClassifiersConfig, classifiers.run),
+    "explanations": (explanations.ExplanationsConfig, explanations.run),
 }
 DEFAULT_CONFIG = {
     "universality": HOME / "configs" / "demo.yaml",
@@ -29,6 +30,7 @@ DEFAULT_CONFIG = {
     "encoders": HOME / "configs" / "encoders_demo.yaml",
     "architectures": HOME / "configs" / "architectures_demo.yaml",
     "classifiers": HOME / "configs" / "classifiers_demo.yaml",
+    "explanations": HOME / "configs" / "explanations_demo.yaml",
 }
 SWITCHES = ("--dry-run", "--dry_run", "--retry")  # settings that are true when they are named
 

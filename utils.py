@@ -40,6 +40,8 @@ RECORDED_PACKAGES = (
     "numpy",
     "scipy",
     "scikit-learn",
+    "scikit-image",
+    "captum",
 )
 # Settings that say where and how fast a run goes, not what it computes.
 UNCOMPARED_SETTINGS = ("out", "device", "workers")

@@ -169,17 +169,21 @@ def settle(config: ClassifiersConfig) -> ClassifiersConfig:
 
 
 def open_photos(config: ClassifiersConfig) -> dict[str, PhotoSet]:
-    """Both splits, within the limits; the synthetic set is drawn where it is not there yet."""
-    folder = Path(config.data)
-    if config.is_synthetic:
-        counts = {"train": 40, "val": 20} | config.synthetic_photos
-        words = f"{counts['train']}-{counts['val']}-{config.image_size}px"
-        folder = synthetic_photos(SYNTHETIC / f"synthetic-photos-{words}", counts, config.image_size)
-    photos = {}
+    """Both splits, within the limits."""
+    folder, photos = photo_folder(config), {}
     for split in ("train", "val"):
         whole = photo_set(folder, split)
         photos[split] = whole.part(whole.rows(config.limits.get(split)))
     return photos
+
+
+def photo_folder(config: ClassifiersConfig) -> Path:
+    """Where the photographs are; the synthetic set is drawn where it is not there yet."""
+    if not config.is_synthetic:
+        return Path(config.data)
+    counts = {"train": 40, "val": 20} | config.synthetic_photos
+    words = f"{counts['train']}-{counts['val']}-{config.image_size}px"
+    return synthetic_photos(SYNTHETIC / f"synthetic-photos-{words}", counts, config.image_size)
 
 
 def members_of(config: ClassifiersConfig, classes: int) -> list[Member]:

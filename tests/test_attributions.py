@@ -348,6 +348,63 @@ def test_a_site_before_a_norm_of_each_channel_is_refused_since_grad_cam_would_be
         explain("grad_cam", vit, pictures(1, 64), target, site=sites_of(vit, "neck.projections.1"))
 
 
+class ClassToken(nn.Module):
+    """Logit 0 is read from the patches, logit 1 from the class token alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.tokens, self.head = nn.Conv2d(3, 4, 4, stride=4), nn.Identity(), nn.Linear(4, 1)
+
+    def forward(self, images):
+        patches = self.embed(images).flatten(2).transpose(1, 2)
+        tokens = self.tokens(torch.cat([patches.mean(1, keepdim=True), patches], 1))
+        return torch.cat([self.head(tokens[:, 1:].pow(2).mean(1)), self.head(tokens[:, 0])], 1)
+
+
+def test_sites_that_are_refused_are_named_with_the_reason_and_the_others_go_on():
+    model, images, target = Conv(), pictures(), class_logit(0)
+    model.relu = nn.ReLU(inplace=True)
+    refused = {}
+    asked = ["early", "first", "norm", "head", RELU]
+    found = grad_cams(model, images, target, asked, refused=refused, batch=2)
+    assert list(found) == ["first", "relu"] and set(refused) == {"early", "norm", "head"}
+    assert "'early' has no gradient" in refused["early"] and "changed in place" in refused["norm"]
+    assert "features without a place" in refused["head"]
+    for site in ("first", RELU):
+        alone = explain("grad_cam", model, images, target, site=site)
+        torch.testing.assert_close(found[alone.settings["site"]].maps, alone.maps)
+    with pytest.raises(InputError, match="'early' has no gradient"):
+        grad_cams(model, images, target, ["first", "early"])
+
+
+def test_a_site_that_is_refused_in_a_later_batch_leaves_no_part_of_its_maps():
+    site, images = Site("tokens", "batch token channel", strides=(4,), prefix=1), pictures(4)
+    refused, model = {}, ClassToken()
+    found = grad_cams(model, images, class_logit([0, 0, 0, 1]), [site, "embed"], refused=refused, batch=1)
+    assert list(found) == ["embed"] and found["embed"].maps.shape == (4, SIDE, SIDE)
+    assert list(refused) == ["tokens"] and "first 1 tokens alone" in refused["tokens"]
+    assert list(grad_cams(model, images, class_logit(0), [site, "embed"], refused=refused)) == ["tokens", "embed"]
+
+
+def test_a_model_all_of_whose_sites_are_refused_has_no_map_and_says_why():
+    refused = {}
+    assert grad_cams(Cut(), pictures(), class_logit(0), ["stem"], refused=refused) == {}
+    assert "'stem' has no gradient" in refused["stem"]
+
+
+@pytest.mark.parametrize(
+    ("sites", "target", "match"),
+    [
+        (["first", "frist"], class_logit(0), "unknown site"),
+        (["first", Site("relu", "batch channel height")], class_logit(0), "its axes are"),
+        (["first"], class_logit(3), "out of range"),
+    ],
+)
+def test_what_is_no_refusal_of_a_site_is_raised_even_where_refusals_are_collected(sites, target, match):
+    with pytest.raises(InputError, match=match):
+        grad_cams(Conv(), pictures(), target, sites, refused={})
+
+
 # ---- batches, costs, and the model afterwards -------------------------------------------------------------------
 
 
@@ -362,6 +419,22 @@ def test_maps_do_not_depend_on_the_batch(method, spec):
         for batch in (1, 7)
     )
     torch.testing.assert_close(one, many, atol=1e-4 * float(many.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "side"), [(ModelSpec("unetpp", "smoke"), 32), (ModelSpec("segformer", "smoke"), 32), (VIT, 64)]
+)
+def test_maps_of_kernels_with_channels_last_are_equal_but_for_rounding(spec, side):
+    model, images = models.build_model(spec), pictures(2, side)
+    target, site = masked_logit(images.mean(1, keepdim=True) > 0.5, which="true"), sites_at_depths(model, side)[0.25]
+    for method in METHODS:
+        options = {"site": site} if method == "grad_cam" else {"features": 2, "samples": 14, "steps": 3}
+        plain = explain(method, model, images, target, **options).maps
+        model.to(memory_format=torch.channels_last)
+        faster = explain(method, model, images, target, **options).maps
+        model.to(memory_format=torch.contiguous_format)
+        # not pixel by pixel: rounding can open or close a ReLU whose input is zero but for it
+        assert (faster - plain).norm() < 1e-3 * plain.norm(), method
 
 
 class Counting(Conv):

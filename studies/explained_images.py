@@ -1,0 +1,192 @@
+"""The images that an explanation study asks about: the same ones for every network, at each network's own size.
+
+Test images of a segmentation set with their masks, or validation photographs of a set of classes; chosen by id, never
+by position. What is asked about them is said here too: the target of a network. Nothing is explained here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from classification.photos import IMAGENETTE, PhotoSet, load_photos, photo_set, synthetic_masks
+from dataset import SegmentationDataset
+from explanations.targets import Target, class_logit, masked_logit, predicted_masks
+from sources import ImageSource, open_datasets
+from studies.subjects import CLASSIFICATION, SEGMENTATION, Subject
+from utils import InputError, digest
+
+FEWEST = 8  # images: with fewer there is no null worth the name
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Images:
+    """One size of the chosen images.
+
+    pixels : (N, 3, size, size) in [0, 1]; masks : (N, 1, size, size) bool of the object, None where nobody outlined it;
+    classes : (N,) of photographs, None of segmentation images
+    """
+
+    ids: tuple[str, ...]
+    pixels: Tensor
+    masks: Tensor | None
+    classes: Tensor | None
+
+    def first(self, count: int) -> Images:
+        """The first so many."""
+        parts = (part if part is None else part[:count] for part in (self.pixels, self.masks, self.classes))
+        return Images(self.ids[:count], *parts)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which images all networks are asked about, in the order in which methods take the first so many of them.
+
+    fingerprint : of all images of the split; names : of the classes of photographs
+    """
+
+    kind: str
+    ids: tuple[str, ...]
+    fingerprint: str
+    source: ImageSource
+    names: tuple[str, ...] = ()
+
+    def at(self, size: int) -> Images:
+        """The images at `size` pixels a side."""
+        if self.kind == SEGMENTATION:
+            return _segmented(_test_set(self.source, size), self.ids)
+        return _photographs(self.source, self.ids, size)
+
+    def first(self, count: int) -> Chosen:
+        """The first so many."""
+        return dataclasses.replace(self, ids=self.ids[:count])
+
+    def without(self, ids: Sequence[str]) -> Chosen:
+        """The same without some."""
+        return dataclasses.replace(self, ids=tuple(each for each in self.ids if each not in set(ids)))
+
+
+def choose(
+    source: ImageSource, kind: str, count: int, sizes: Sequence[int], *, label: int | None = None, seed: int = 0
+) -> Chosen:
+    """A seeded choice by id: of segmentation images those with an object, of photographs evenly over the classes.
+
+    sizes : at which the object has to be there, since a small one may vanish; label : of the object, where there are
+        several classes
+    """
+    if kind == SEGMENTATION:
+        tests = [_test_set(source, size) for size in sorted(set(sizes))]
+        there = set.intersection(*(_with_object(each, label) for each in tests))
+        test, known = tests[-1], _enough(sorted(there), len(there))
+        return Chosen(kind, tuple(_drawn(known, count, seed)), test.fingerprint, source)
+    photos = _photos(source)
+    by_class = [_drawn(sorted(_of_class(photos, label)), count, seed) for label in range(len(photos.classes))]
+    turns = [names[turn] for turn in range(count) for names in by_class if turn < len(names)]
+    return Chosen(kind, tuple(_enough(turns, count)), photos.fingerprint, source, tuple(photos.classes))
+
+
+def _drawn(names: Sequence[str], count: int, seed: int) -> list[str]:
+    """At most `count` of them, in a seeded order."""
+    order = np.random.default_rng(seed).permutation(len(names))
+    return [names[place] for place in order[:count]]
+
+
+def _enough(names: Sequence[str], count: int) -> list[str]:
+    if len(names) < FEWEST:
+        raise InputError(f"{len(names)} images can be explained: give at least {FEWEST}")
+    return list(names[:count])
+
+
+def _test_set(source: ImageSource, size: int) -> SegmentationDataset:
+    return open_datasets(dataclasses.replace(source, image_size=size), needed=("test",))["test"]
+
+
+def _with_object(test: SegmentationDataset, label: int | None) -> set[str]:
+    masks = (test.pixels(row)[..., 3] for row in range(len(test)))
+    return {name for name, mask in zip(test.ids, masks) if (mask > 0 if label is None else mask == label).any()}
+
+
+def _segmented(test: SegmentationDataset, ids: Sequence[str]) -> Images:
+    rows = {name: row for row, name in enumerate(test.ids)}
+    samples = [test[rows[name]] for name in ids]
+    pixels, masks = (torch.stack([getattr(sample, key) for sample in samples]) for key in ("image", "mask"))
+    return Images(tuple(ids), pixels, masks, None)
+
+
+def _photos(source: ImageSource) -> PhotoSet:
+    return photo_set(source.data, "val")
+
+
+def _of_class(photos: PhotoSet, label: int) -> list[str]:
+    return [name for name, own in zip(photos.ids, photos.labels) if own == label]
+
+
+def _photographs(source: ImageSource, ids: Sequence[str], size: int) -> Images:
+    photos = _photos(source)
+    rows = {name: row for row, name in enumerate(photos.ids)}
+    chosen = [rows[name] for name in ids]
+    pixels, labels = load_photos(photos, size, chosen)
+    return Images(tuple(ids), pixels.float() / 255, _outlined(Path(source.data), ids, size), labels)
+
+
+def _outlined(folder: Path, ids: Sequence[str], size: int) -> Tensor | None:
+    """(N, 1, size, size) bool of drawn pictures, which come with masks; nobody outlined photographs."""
+    if not (folder / "masks").is_dir():
+        return None
+    masks = synthetic_masks(folder, ids)
+    whole = torch.stack([torch.from_numpy(masks[name]) for name in ids])[:, None].float()
+    return F.interpolate(whole, size=(size, size), mode="nearest") > 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+def target_of(
+    subject: Subject, model: nn.Module, images: Images, chosen: Chosen, which: str, label: int | None
+) -> Target:
+    """What is explained: the logit of a photograph's own class, or the summed logit inside the true or predicted mask.
+
+    label : the class of a segmentation model of several; its true mask is where the image has that class
+    """
+    if subject.kind == CLASSIFICATION:
+        return class_logit(own_classes(model, images, chosen))
+    if which == "predicted":
+        return masked_logit(predicted_masks(model, images.pixels, label), label, which=which, ids=images.ids)
+    return masked_logit(true_masks(images, label), label, which=which, ids=images.ids)
+
+
+def true_masks(images: Images, label: int | None) -> Tensor:
+    """(N, 1, H, W) bool: where the object is, or a class of several."""
+    return images.masks > 0 if label is None else images.masks == label
+
+
+def own_classes(model: nn.Module, images: Images, chosen: Chosen) -> Tensor:
+    """(N,): the number that a classifier has for each photograph's class; ImageNet's own for one of 1000 classes."""
+    classes = model.spec.classes
+    if classes == len(chosen.names):
+        return images.classes
+    if classes != IMAGENET_CLASSES:
+        raise InputError(
+            f"the classifier {model.spec.name!r} knows {classes} classes and the photographs have {len(chosen.names)}; "
+            "train it on these classes, or take one of ImageNet's 1000"
+        )
+    unknown = [name for name in chosen.names if name not in IMAGENETTE]
+    if unknown:
+        raise InputError(
+            f"class {unknown[0]!r} is none of Imagenette's, so its number among ImageNet's 1000 is not known here; "
+            "use photographs of Imagenette, or a classifier trained on these classes"
+        )
+    return torch.tensor([IMAGENETTE[name].index for name in chosen.names])[images.classes]
+
+
+def key_of(chosen: Chosen) -> str:
+    """Of the images and their order."""
+    return digest(chosen.fingerprint, list(chosen.ids))

@@ -1,0 +1,241 @@
+"""Do the models look at the same things? Explanations of many trained networks, made, tested and compared.
+
+`python experiments.py explanations` explains the networks of other studies' results folders (and pretrained classifiers
+by name) on the same images by several methods, asks whether each method is faithful to each network, compares what the
+methods say about two networks with its null (other images) and its ceiling (another seed), groups the networks by it,
+and asks whether the groups follow CNN and transformer. Without `networks` it trains some small ones first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+
+from explanations.agreement import FRACTION, SIGMA, SIMILARITIES
+from explanations.targets import WHICH
+from sources import ImageSource
+from studies import architectures, explanation_report, explanation_work
+from studies.classifiers import ClassifiersConfig, photo_folder
+from studies.explained_images import Chosen, choose
+from studies.explaining import ways_of
+from studies.explanation_checks import Checks
+from studies.explanation_work import Job
+from studies.subjects import SEGMENTATION, Subject, settings_in, subjects_of
+from utils import (
+    HOME,
+    InputError,
+    closest,
+    open_run,
+    pick,
+    progress,
+    read_settings,
+    refuse_other_run,
+    resolve_device,
+    write_text,
+)
+
+COVERS = ("mask", "box", "centre")
+
+
+@dataclass
+class ExplanationsConfig(ImageSource):
+    """
+    Args:
+        networks: results folders of studies that trained here (universality, architectures, encoders, classifiers),
+            each with the labels that are wanted, [] for all: {"results/architectures-isic2018": []}
+        train: without networks, those of this YAML of the architectures study are trained first (or found trained)
+        pretrained: classifiers beside them, label -> {name: of timm, weights: a file, …}; weights are ImageNet's when
+            not said, such as {"ResNet-18": {"name": "resnet18"}}
+        leave_out: labels of networks that are not explained
+        images: so many test images, or photographs evenly over the classes; all networks see the same
+        methods: method (integrated_gradients, grad_cam, kernel_shap, occlusion) -> its settings: images (the first so
+            many), baseline (mean, blur, blur:σ), steps, features (cells a side, or superpixels:N), samples, depths,
+            relu; a method may come twice under other names with `method` among its settings
+        mask: of segmentation networks: the summed logit inside the 'true' or the 'predicted' mask is explained
+        label: of segmentation networks of several classes: which class
+        compared_at: cells a side to which maps are averaged before two networks are compared
+        similarities: of two maps: cosine, rbf, spearman, kappa
+        sigma: of rbf, for maps of norm 1
+        top: share of the cells, for kappa
+        permutations: of the images, for the null
+        resamples: of the images, for the intervals
+        check_images: images that deletion and insertion curves are drawn for
+        check_cells: cells a side that these curves remove as a whole
+        few_images: images that are explained again with random weights, and with the object covered
+        levels: of the randomisation, from the output to the input
+        cover: what is covered: mask, box or centre (of photographs, whose objects nobody outlined)
+        batch_size: pictures in one pass, which bounds memory
+        jobs: networks at a time, in processes of their own
+        seed: of the choice of images, coalitions and permutations
+        out: results folder; default results/explanations- and the data's name
+        device: auto, cpu or cuda
+    """
+
+    networks: dict[str, list[str]] = field(default_factory=dict)
+    train: str = str(HOME / "configs" / "architectures_demo.yaml")
+    pretrained: dict[str, dict[str, Any]] = field(default_factory=dict)
+    leave_out: list[str] = field(default_factory=list)
+    images: int = 40
+    methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"kernel_shap": {}, "grad_cam": {}})
+    mask: str = "true"
+    label: int | None = None
+    compared_at: int = 32
+    similarities: list[str] = field(default_factory=lambda: list(SIMILARITIES))
+    sigma: float = SIGMA
+    top: float = FRACTION
+    permutations: int = 999
+    resamples: int = 1000
+    check_images: int = 16
+    check_cells: int = 8
+    few_images: int = 8
+    levels: int = 4
+    cover: str = "mask"
+    batch_size: int = 16
+    jobs: int = 1
+    seed: int = 0
+    out: str | None = None
+    device: str = "auto"
+
+
+# Settings that change what is made of the maps and not the maps; more networks may join a folder, too.
+OF_THE_REPORT = ("networks", "pretrained", "leave_out", "compared_at", "similarities", "sigma", "top")
+OF_THE_REPORT += ("permutations", "resamples", "jobs", "batch_size", "methods", "check_images", "few_images", "levels")
+OF_THE_REPORT += ("check_cells", "cover")
+
+
+def run(config: ExplanationsConfig) -> Path:
+    """The whole study; returns the results folder."""
+    config = settle(config)
+    check_settings(config)
+    refuse_other_run(Path(config.out), dataclasses.asdict(config), OF_THE_REPORT)
+    if not config.networks and not config.pretrained:
+        config = dataclasses.replace(config, networks={str(train_first(config)): []})
+    subjects = subjects_of(config.networks, config.pretrained, config.leave_out)
+    ways, checks = ways_of(config.methods, config.images), checks_of(config, subjects)
+    chosen = choose_images(config, subjects)
+    folder = open_folder(config, chosen)
+    job = Job(chosen, ways, checks, config.mask, config.label, config.batch_size, config.seed, config.device)
+    if config.mask == "predicted" and subjects[0].kind == SEGMENTATION:
+        job = without_empty(job, subjects, folder)
+    print(explanation_work.estimate(subjects, job, folder), f"Results: {folder}", flush=True)
+    explain_all(subjects, job, folder, config.jobs)
+    explanation_report.write(config, subjects, job, folder)
+    return folder
+
+
+def settle(config: ExplanationsConfig) -> ExplanationsConfig:
+    """The results folder's name."""
+    data = "synthetic" if config.is_synthetic else Path(config.data).resolve().name
+    return dataclasses.replace(config, out=config.out or f"results/explanations-{data}")
+
+
+def check_settings(config: ExplanationsConfig) -> None:
+    """Refuse what cannot be, before anything long."""
+    for name in ("images", "compared_at", "permutations", "resamples", "check_images", "check_cells", "few_images"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    for name in ("levels", "batch_size", "jobs"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    for name in config.similarities:
+        pick("similarity of explanations", name, SIMILARITIES)
+    if not config.similarities:
+        raise InputError(f"similarities: none is given; choose from {', '.join(SIMILARITIES)}")
+    for name, value, choices in (("mask", config.mask, WHICH), ("cover", config.cover, COVERS)):
+        if value not in choices:
+            raise InputError(f"unknown {name} {value!r}; closest: {closest(value, choices)}")
+    if not config.sigma > 0 or not 0 < config.top < 1:
+        raise InputError(f"sigma must be above 0 and top between 0 and 1: got {config.sigma}, {config.top}")
+    for name in ("check_images", "few_images"):
+        if getattr(config, name) > config.images:
+            raise InputError(f"{name} is {getattr(config, name)}, and {config.images} images are chosen; lower it")
+    ways_of(config.methods, config.images)
+    resolve_device(config.device)
+
+
+def train_first(config: ExplanationsConfig) -> Path:
+    """The results folder of the architectures study that `train` describes, after running what is left of it."""
+    if not config.is_synthetic:
+        raise InputError("networks: give the results folder of a study that trained on these images")
+    if not Path(config.train).is_file():
+        raise InputError(f"train: {config.train} does not exist; give a YAML of the architectures study, or networks")
+    settings = read_settings(architectures.ArchitecturesConfig, "explanations", ["--config", config.train])
+    return architectures.run(dataclasses.replace(settings, device=config.device))
+
+
+def checks_of(config: ExplanationsConfig, subjects: list[Subject]) -> Checks:
+    if config.cover != "centre" and subjects[0].kind != SEGMENTATION and not config.is_synthetic:
+        raise InputError(f"cover {config.cover!r} needs masks, and photographs have none; use cover centre")
+    return Checks(config.check_images, config.few_images, config.check_cells, config.levels, config.cover)
+
+
+def check_drawn_images(config: ExplanationsConfig, subjects: list[Subject]) -> None:
+    """Refuse networks that were trained on another synthetic set: some of these test images may be among theirs."""
+    wanted = {name: getattr(config, name) for name in ("data", "synthetic_images", "synthetic_size", "synthetic_seed")}
+    for subject in subjects:
+        own = settings_in(subject.folder.parent)
+        for name, value in wanted.items():
+            if own[name] != value:
+                raise InputError(
+                    f"network {subject.name} was trained with {name} {own[name]!r}, and the images to explain are of "
+                    f"{value!r}; give the same settings"
+                )
+
+
+def choose_images(config: ExplanationsConfig, subjects: list[Subject]) -> Chosen:
+    sizes = sorted({subject.image_size for subject in subjects})
+    source = config
+    if config.is_synthetic and subjects[0].kind == SEGMENTATION:
+        check_drawn_images(config, subjects)
+    if config.is_synthetic and subjects[0].kind != SEGMENTATION:  # what the classifiers were trained on, drawn again
+        own = ClassifiersConfig(**settings_in(Path(next(iter(config.networks)))))
+        source = dataclasses.replace(config, data=str(photo_folder(own)))
+    chosen = choose(source, subjects[0].kind, config.images, sizes, label=config.label, seed=config.seed)
+    if len(chosen.ids) < config.images:
+        raise InputError(f"images: {config.images} were asked for, and {len(chosen.ids)} can be explained; lower it")
+    return chosen
+
+
+def open_folder(config: ExplanationsConfig, chosen: Chosen) -> Path:
+    """Create or continue the results folder, with the hash of the images in data.json."""
+    folder = Path(config.out)
+    hashes = {"images": len(chosen.ids), "hash": chosen.fingerprint}
+    known = folder / "data.json"
+    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
+        raise InputError(f"{folder} holds results of other images than {config.data} has now; choose another --out")
+    open_run(folder, dataclasses.asdict(config), resolve_device(config.device), OF_THE_REPORT)
+    write_text(known, json.dumps(hashes, indent=1) + "\n")
+    return folder
+
+
+def without_empty(job: Job, subjects: list[Subject], folder: Path) -> Job:
+    """Leave out the images in which some network outlines nothing: there would be nothing to sum."""
+    empty = explanation_work.empty_predictions(subjects, job, folder)
+    left = job.chosen.without(sorted({name for names in empty.values() for name in names}))
+    if len(left.ids) < max(way.images for way in job.ways):
+        worst = max(empty, key=lambda name: len(empty[name]))
+        raise InputError(
+            f"mask predicted: {len(job.chosen.ids) - len(left.ids)} of {len(job.chosen.ids)} images have an empty "
+            f"predicted mask in some network (most, {len(empty[worst])}, in {worst}), and {len(left.ids)} are left for "
+            f"methods that ask for {max(way.images for way in job.ways)}; lower `images` in methods, leave that "
+            "network out, or use mask true"
+        )
+    return dataclasses.replace(job, chosen=left)
+
+
+def explain_all(subjects: list[Subject], job: Job, folder: Path, jobs: int) -> None:
+    """All that is asked of each network; what is finished is not made again."""
+    again = explanation_work.first_of_each_label(subjects)
+    if jobs == 1:
+        for subject in progress(subjects, desc="explanations", unit="network"):
+            explanation_work.work(subject, job, folder, subject in again)
+        return
+    tasks = (joblib.delayed(explanation_work.work)(subject, job, folder, subject in again) for subject in subjects)
+    with joblib.parallel_config("loky", inner_max_num_threads=max(1, torch.get_num_threads() // jobs)):
+        joblib.Parallel(n_jobs=jobs, verbose=0)(tasks)

@@ -1,0 +1,204 @@
+"""The networks that a study looks at after they were trained: found in results folders, or named as pretrained ones.
+
+A results folder is one of the universality study, of a grid (encoders, architectures) or of the classifiers study. What
+is known of a network without loading it is plain data; its weights are read when it is asked for. What is done with the
+networks is elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from classification.classifiers import ClassifierSpec, build_classifier, load_classifier
+from classification.classifiers import family_of as classifier_family
+from model_spec import TITLES, ModelSpec
+from models import load_model
+from studies.cells import cells_of
+from studies.families import family_of
+from studies.grid import FINISHED
+from studies.grid_tables import label_of
+from utils import InputError, closest
+
+SEGMENTATION, CLASSIFICATION = "segmentation", "classification"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One network.
+
+    label : what it is apart from its seed; networks of one label are each other's ceiling
+    family : 'CNN', 'transformer' or 'hybrid'
+    seed : of its training; None of a pretrained network of others
+    kind : 'segmentation' or 'classification'
+    image_size : side of the square images that it was trained on
+    folder : its checkpoint; None when `spec` says how to build it
+    """
+
+    label: str
+    family: str
+    seed: int | None
+    kind: str
+    image_size: int
+    folder: Path | None = None
+    spec: ClassifierSpec | None = None
+
+    @property
+    def name(self) -> str:
+        """Of this network alone."""
+        return self.label if self.seed is None else f"{self.label} ({self.seed})"
+
+    def load(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The network in eval mode, its kernels with channels last: convnets answer and go back up to twice as fast."""
+        if self.spec is not None:
+            model = build_classifier(self.spec).eval()
+        else:
+            model, _ = (load_model if self.kind == SEGMENTATION else load_classifier)(self.folder)
+        return model.to(device, memory_format=torch.channels_last)
+
+
+def subjects_of(
+    folders: Mapping[str, Sequence[str]],
+    pretrained: Mapping[str, Mapping] | None = None,
+    leave_out: Iterable[str] = (),
+) -> list[Subject]:
+    """All networks of some results folders, and pretrained classifiers by name, without those of some labels.
+
+    folders : results folder -> the labels that are wanted of it; none: all
+    pretrained : label -> fields of ClassifierSpec, of which `name` is needed and weights are ImageNet's when not said
+    """
+    found = [subject for folder, labels in folders.items() for subject in wanted_of(Path(folder), labels)]
+    found += [named(label, dict(settings)) for label, settings in (pretrained or {}).items()]
+    labels = list(dict.fromkeys(subject.label for subject in found))
+    for label in leave_out:
+        if label not in labels:
+            raise InputError(f"leave_out: there is no network {label!r}; closest: {closest(label, labels)}")
+    found = [subject for subject in found if subject.label not in set(leave_out)]
+    _refuse_mixtures(found)
+    return found
+
+
+def wanted_of(folder: Path, labels: Sequence[str]) -> list[Subject]:
+    """The networks of one results folder that have one of these labels, or all of them."""
+    found = networks_in(folder)
+    there = list(dict.fromkeys(subject.label for subject in found))
+    for label in labels:
+        if label not in there:
+            raise InputError(f"networks: {folder} has no {label!r}; closest: {closest(label, there)}")
+    return [subject for subject in found if not labels or subject.label in labels]
+
+
+def networks_in(folder: Path) -> list[Subject]:
+    """The finished networks of one results folder; of a grid with several shares of the data, those on the largest."""
+    if not folder.is_dir():
+        raise InputError(f"networks: folder {folder} does not exist; give the results folder of a study that trained")
+    for place, find in (("cells", _of_grid), ("models", _of_universality), ("networks", _of_classifiers)):
+        if (folder / place).is_dir():
+            found = find(folder)
+            if found:
+                return found
+    raise InputError(
+        f"networks: {folder} holds no finished network (cells/, models/ or networks/ of a study that trained here); "
+        "checkpoints are not committed: run the study that its config.yaml describes first"
+    )
+
+
+def named(label: str, settings: dict) -> Subject:
+    """A pretrained classifier by its name; its weights are fetched, or read from a file, when it is built."""
+    known = {field.name for field in fields(ClassifierSpec)} | {"family"}
+    for key in settings:
+        if key not in known:
+            raise InputError(f"pretrained {label!r}: unknown setting {key!r}; closest: {closest(key, known)}")
+    if "name" not in settings:
+        raise InputError(f"pretrained {label!r}: which network? give its name, such as {{name: resnet18}}")
+    family = settings.pop("family", None) or classifier_family(settings["name"])
+    spec = ClassifierSpec(**{"weights": "imagenet", "classes": 1000, "image_size": 224} | settings)
+    return Subject(label, family, None, CLASSIFICATION, spec.image_size, spec=spec)
+
+
+def _of_grid(folder: Path) -> list[Subject]:
+    """Of cells/: their labels are known from the grid's own settings."""
+    settings = settings_in(folder)
+    by_name = {cell.name: cell for cell in cells_of(settings["axes"], settings.get("skip") or [])}
+    found = []
+    for path in sorted(folder.glob(f"cells/*/{FINISHED}")):
+        if path.parent.name in by_name:
+            cell = by_name[path.parent.name]
+            found.append((settings_in(path.parent / "run"), _segmenter(path.parent / "run", label_of(cell))))
+    most = max((run["fraction"] for run, _ in found), default=None)
+    order = list(by_name)
+    found = [subject for run, subject in found if run["fraction"] == most]
+    return sorted(found, key=lambda subject: order.index(subject.folder.parents[1].name))
+
+
+def _of_universality(folder: Path) -> list[Subject]:
+    """Of models/: finished ones have a checkpoint of their best epoch."""
+    runs = [path.parents[1] for path in sorted(folder.glob("models/*/best/model.json"))]
+    return [_segmenter(run, TITLES[settings_in(run)["model"]]) for run in runs]
+
+
+def _segmenter(run: Path, label: str) -> Subject:
+    settings = settings_in(run)
+    """`label` says which architecture it is, also where its own study had no need to."""
+    spec = _json(run / "best" / "model.json")["spec"]
+    family = family_of(ModelSpec(**spec | {"freeze": tuple(spec["freeze"])}))
+    title = TITLES[spec["name"]]
+    label = label if title in label else f"{title}, {label}"
+    return Subject(label, family, settings["seed"], SEGMENTATION, settings["image_size"], run / "best")
+
+
+def _of_classifiers(folder: Path) -> list[Subject]:
+    """Of networks/: the classifiers study's."""
+    found = []
+    for path in sorted(folder.glob("networks/*/classifier.json")):
+        stored = _json(path)
+        spec, extra = stored["spec"], stored["extra"]
+        of = (extra["label"], extra["family"], extra["seed"], CLASSIFICATION, spec["image_size"])
+        found.append(Subject(*of, path.parent))
+    return found
+
+
+def settings_in(folder: Path) -> dict:
+    """The config.yaml of a results or run folder."""
+    path = folder / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give a results folder as a study wrote it") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds no settings; give a results folder as a study wrote it")
+    return settings
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give a results folder as a study wrote it") from error
+
+
+def _refuse_mixtures(subjects: Sequence[Subject]) -> None:
+    if len(subjects) < 2:
+        raise InputError(f"{len(subjects)} networks: at least two are needed to compare what they look at")
+    kinds = {subject.kind for subject in subjects}
+    if len(kinds) > 1:
+        raise InputError("some networks segment and some classify; explain them in two runs, with two --out folders")
+    names = [subject.name for subject in subjects]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise InputError(f"two networks are called {twice!r}; leave out one folder, or its label with leave_out")
+    of_label: dict[str, str] = {}
+    for subject in subjects:
+        if of_label.setdefault(subject.label, subject.family) != subject.family:
+            raise InputError(f"networks called {subject.label!r} are of two families; leave one out with leave_out")
+
+
+def twins(subjects: Sequence[Subject]) -> list[tuple[str, str]]:
+    """Pairs of names that differ in their seed alone."""
+    return [(a.name, b.name) for place, a in enumerate(subjects) for b in subjects[place + 1 :] if a.label == b.label]

@@ -42,8 +42,12 @@ class Images:
 
     def first(self, count: int) -> Images:
         """The first so many."""
-        parts = (part if part is None else part[:count] for part in (self.pixels, self.masks, self.classes))
-        return Images(self.ids[:count], *parts)
+        return self.at_rows(range(len(self.ids))[:count])
+
+    def at_rows(self, rows: Sequence[int]) -> Images:
+        """Those of these rows."""
+        parts = (part if part is None else part[list(rows)] for part in (self.pixels, self.masks, self.classes))
+        return Images(tuple(self.ids[row] for row in rows), *parts)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from explanations import kernel_shap
 from explanations.attributions import METHODS, Explained, cost, explain, grad_cams, sites_at_depths
+from explanations.covering import baseline_images
 from explanations.grad_cam import DEPTHS
 from explanations.targets import Target
 from studies.explained_images import Chosen, Images, key_of
@@ -73,6 +75,9 @@ class Way:
         return tuple(cost(self.method, features=count, **settings))
 
 
+OWN_FILES = ("predictions", "predictions_of_all", "recording", "checks")  # beside those of the ways
+
+
 def ways_of(methods: Mapping[str, Mapping], images: int) -> list[Way]:
     """From settings such as {"kernel_shap": {"features": 4, "samples": 48, "images": 300}, "IG": {"method": …}}.
 
@@ -91,12 +96,52 @@ def ways_of(methods: Mapping[str, Mapping], images: int) -> list[Way]:
             if key not in SETTINGS[method]:
                 known = [*SETTINGS[method], "images", "method"]
                 raise InputError(f"methods, {name!r}: unknown setting {key!r}; closest: {closest(key, known)}")
-        if not isinstance(count, int) or not 1 <= count <= images:
+        if not _whole(count) or count > images:
             raise InputError(
                 f"methods, {name!r}: images must be 1 to {images}, the number that is chosen; got {count!r}"
             )
         found.append(Way(name, method, count, DEFAULTS.get(method, {}) | given))
+        _check_values(found[-1])
+    refuse_one_folder("methods", [*OWN_FILES, *methods])
     return found
+
+
+def _check_values(way: Way) -> None:
+    """Refuse settings that no network could be asked with."""
+    given = way.settings
+    problem = ""
+    for key in ("steps", "samples"):
+        if not _whole(given.get(key, 1)):
+            problem = f"{key} must be a whole number of at least 1, got {given[key]!r}"
+    features = given.get("features", 1)
+    count = features.removeprefix("superpixels:") if isinstance(features, str) else ""
+    if not _whole(features) and not (count.isdecimal() and int(count) > 0):
+        problem = f"features must be a number of cells a side, or superpixels:40; got {features!r}"
+    depths = given.get("depths", DEPTHS)
+    numbers = isinstance(depths, Sequence) and all(isinstance(each, int | float) for each in depths)
+    if not numbers or not depths or len(set(depths)) < len(depths) or not all(0 < each <= 1 for each in depths):
+        problem = f"depths must be different shares of the network in (0, 1], such as [0.5, 1.0]; got {depths!r}"
+    if problem:
+        raise InputError(f"methods, {way.name!r}: {problem}")
+    try:
+        baseline_images(torch.zeros(1, 3, 2, 2), given.get("baseline", "mean"))
+        if way.method == "kernel_shap" and _whole(features):
+            kernel_shap.coalitions(features**2, given["samples"])
+    except InputError as error:
+        raise InputError(f"methods, {way.name!r}: {error}") from error
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def refuse_one_folder(what: str, names: Iterable[str]) -> None:
+    """Refuse names whose files would be the same ones; some disks do not tell A from a."""
+    of: dict[str, str] = {}
+    for name in names:
+        other = of.setdefault(slug(name).casefold(), name)
+        if not slug(name) or other != name:
+            raise InputError(f"{what}: the files of {name!r} would be called as those of {other!r}; rename one of them")
 
 
 @dataclass(frozen=True)
@@ -123,9 +168,20 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip("_")
 
 
+def titled(variant: str) -> str:
+    """A variant as readers know it: 'grad_cam, 25 %' -> 'Grad-CAM, 25 %'."""
+    name, comma, rest = variant.partition(", ")
+    return TITLES.get(name, name) + comma + rest
+
+
 def place_of(folder: Path, subject: Subject, way: Way | str) -> Path:
     """Where a way's files are, without their suffixes."""
     return folder / "explanations" / slug(subject.name) / slug(way if isinstance(way, str) else way.name)
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A file of that place; not `with_suffix`, for which the end of a name such as 'blur:1.5' would be one."""
+    return path.with_name(path.name + ending)
 
 
 def key(subject: Subject, chosen: Chosen, way: Way, asked: Mapping) -> str:
@@ -141,11 +197,11 @@ def weights_file(subject: Subject) -> str:
 def known(path: Path, expected: str) -> Made | None:
     """What is kept at `path` if it is of this key and whole, and nothing was refused for a passing reason."""
     try:
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        about = json.loads(beside(path, ".json").read_text(encoding="utf-8"))
         if about["key"] != expected:
             return None
-        tensors = load_file(path.with_suffix(".safetensors"))
-    except (OSError, ValueError, KeyError, SafetensorError):  # not there, cut short, or of another version
+        tensors = load_file(beside(path, ".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # not there, cut short, of another version
         return None
     parts = [
         {name.removeprefix(kind): each for name, each in tensors.items() if name.startswith(kind)} for kind in STORED
@@ -155,16 +211,17 @@ def known(path: Path, expected: str) -> Made | None:
 
 def keep(path: Path, made: Made, expected: str) -> None:
     """Write both files; the one with the key last, so that a killed run leaves nothing that looks finished."""
+    beside(path, ".json").unlink(missing_ok=True)  # what it says of the old maps is not so of the new ones
     maps = {name: each.float() for name, each in made.maps.items()}
     tensors = {
-        kind + name: each.contiguous()
+        kind + name: each.contiguous().clone()  # two depths may be one site, and a file has no two names for a tensor
         for kind, part in zip(STORED, (maps, made.gaps, made.errors))
         for name, each in part.items()
     }
-    with atomic_path(path.with_suffix(".safetensors")) as temporary:
+    with atomic_path(beside(path, ".safetensors")) as temporary:
         save_file(tensors, temporary)
     about = {"key": expected, "ids": list(made.ids), "settings": made.settings, "refused": made.refused}
-    write_text(path.with_suffix(".json"), json.dumps(about | {"seconds": made.seconds}, indent=1, default=str) + "\n")
+    write_text(beside(path, ".json"), json.dumps(about | {"seconds": made.seconds}, indent=1, default=str) + "\n")
 
 
 def make(way: Way, model: nn.Module, images: Images, target: Target, *, batch: int, seed: int) -> Made:
@@ -174,6 +231,8 @@ def make(way: Way, model: nn.Module, images: Images, target: Target, *, batch: i
         found, refused = _variants(way, model, images.pixels, target, batch, seed)
     except CANNOT as error:
         refused = dict.fromkeys(way.variants, reason(error))
+    for name in [name for name, each in found.items() if not each.maps.isfinite().all()]:
+        refused[name] = f"the maps of {int((~found.pop(name).maps.flatten(1).isfinite().all(1)).sum())} images hold NaN"
     maps = {name: each.maps for name, each in found.items()}
     gaps = {name: each.gap for name, each in found.items() if each.gap is not None}
     errors = {name: _relative(each) for name, each in found.items() if each.errors is not None}
@@ -186,18 +245,21 @@ def _variants(way: Way, model: nn.Module, pixels: Tensor, target: Target, batch:
         made = explain(way.method, model, pixels, target, batch=batch, seed=seed, **_numbers(way))
         return {way.name: made}, {}
     sites = sites_at_depths(model, pixels.shape[-1], way.depths)
-    names = [site.name for site in sites.values()]  # in a network of few sites two depths may be one
+    by_name = {site.name: site for site in sites.values()}  # in a network of few sites two depths may be one
     why: dict[str, str] = {}
     relu = bool(way.settings.get("relu", False))
-    made = grad_cams(model, pixels, target, list(dict.fromkeys(names)), relu=relu, batch=batch, refused=why)
-    named = dict(zip(way.variants, names))
+    made = grad_cams(model, pixels, target, list(by_name.values()), relu=relu, batch=batch, refused=why)
+    named = dict(zip(way.variants, (site.name for site in sites.values())))
     found = {variant: made[name] for variant, name in named.items() if name in made}
     return found, {variant: why[name] for variant, name in named.items() if name in why}
 
 
 def _relative(explained: Explained) -> Tensor:
     """(N,) norm of the standard errors / norm of the values; an image's features may be fewer than another's."""
-    norms = [torch.linalg.vector_norm(each.nan_to_num(), dim=1) for each in (explained.errors, explained.values)]
+    absent = explained.values.isnan()  # and not an error that nobody knows, with as many equations as features
+    norms = [
+        torch.linalg.vector_norm(each.masked_fill(absent, 0), dim=1) for each in (explained.errors, explained.values)
+    ]
     return norms[0] / norms[1]
 
 
@@ -242,7 +304,8 @@ def time_passes(model: nn.Module, images: Images, target_name: Target, batch: in
         score = target_name(model, asked, rows).sum()
         float(score.detach())  # waits for the device
         forward = time.perf_counter() - started
-        torch.autograd.grad(score, asked)
+        if score.requires_grad:  # not of a network that cuts gradients, which its ways will say
+            torch.autograd.grad(score, asked, allow_unused=True)
         both = time.perf_counter() - started
     return forward / len(pixels), (both - forward) / len(pixels)
 

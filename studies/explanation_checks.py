@@ -25,7 +25,7 @@ from explanations.targets import Target, device_of, quiet
 from studies.explained_images import Chosen, Images, own_classes, true_masks
 from studies.explaining import CANNOT, Made, Way, explainer_of, reason
 from studies.subjects import CLASSIFICATION, Subject
-from utils import write_table, write_text
+from utils import InputError, write_table, write_text
 
 RANDOM = "random maps"
 STEPS = tuple(step / 10 for step in range(11))
@@ -73,9 +73,25 @@ def check(
     target = target_of(few)
     again = (subject, model, few, target, checks, batch, seed)
     found["randomization"] = _randomization(*again, made)
-    masks, words = cover_of(few, checks.cover, label)
-    found["cover"] = _cover(*again, made, masks, words, _right_of(subject, few, chosen, label))
+    few = few.at_rows(_coverable(few, checks.cover, label))
+    if few.ids:
+        masks, words = cover_of(few, checks.cover, label)
+        again = (subject, model, few, target_of(few), checks, batch, seed)
+        found["cover"] = _cover(*again, made, masks, words, _right_of(subject, few, chosen, label))
     return found
+
+
+def _coverable(images: Images, cover: str, label: int | None) -> list[int]:
+    """Rows of the images in which something is left outside of what is covered; else there is no colour to cover by."""
+    masks, _ = cover_of(images, cover, label)
+    rows = []
+    for row in range(len(images.ids)):
+        try:
+            covered(images.pixels[row : row + 1], masks[row : row + 1], box=cover == "box")
+        except InputError:
+            continue
+        rows.append(row)
+    return rows
 
 
 def _curves(model, images: Images, target_of, made: Mapping, checks: Checks, batch: int, seed: int) -> pd.DataFrame:
@@ -124,6 +140,8 @@ def _cover(
     without, _ = covered(images.pixels, masks, box=checks.cover == "box")
     answers = {"answer": right(model, images.pixels), "answer_covered": right(model, without)}
     table = pd.concat(frames, ignore_index=True).assign(covered=words)
+    if "id" not in table:  # refused for every variant
+        return table
     return table.merge(pd.DataFrame({"id": images.ids} | answers), on="id", how="left")
 
 
@@ -156,7 +174,8 @@ def _right_of(subject: Subject, images: Images, chosen: Chosen, label: int | Non
 
 
 def keep(folder: Path, tables: Mapping[str, pd.DataFrame], expected: str) -> None:
-    """A CSV each; the key last."""
+    """A CSV each; the key last, and an old one gone before."""
+    (folder / "checks.json").unlink(missing_ok=True)
     for name, table in tables.items():
         write_table(table, folder / f"{name}.csv")
     write_text(folder / "checks.json", json.dumps({"key": expected, "tables": list(tables)}) + "\n")

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
 
 import visualization
 from explanations import clusters, figures, pictures
 from studies import explanation_checks, explanation_tables, explanation_work
-from studies.explaining import GRAD_CAM
+from studies.explaining import GRAD_CAM, Way, titled
 from studies.explanation_tables import Kept
 from studies.explanation_words import page
 from studies.explanation_work import Job, first_of_each_label
@@ -75,52 +78,64 @@ def draw(config, subjects, job: Job, kept: Kept, tables: Mapping[str, pd.DataFra
     about = {"synthetic": config.is_synthetic}
     networks = tables["networks"]
     count = f"{networks['label'].nunique()} networks, {len(networks)} with their seeds"
-    made = {}
-    for method in dict.fromkeys(tables["similarity"]["method"]):
-        part = tables["similarity"][tables["similarity"]["method"] == method]
-        part = part[part["similarity"] == MAPPED]
-        if len(part) and np.isfinite(part["mean"]).all():
-            caption = f"Mean over {part['n'].min()} images of the cosine of two networks' maps; {count}; tree: average "
-            caption += "linkage of √((1 − mean)² + variance)."
-            made[f"map_{_file(method)}"] = figures.similarity_map(
-                clusters.square(part, "mean", diagonal=1),
-                clusters.square(part, "dissimilarity", diagonal=0),
-                dict(zip(networks["network"], networks["family"])),
-                title=f"Which networks explain alike? {method}",
-                label="mean cosine of the maps",
-                caption=caption,
-                **about,
-            )
+    made = _heat_maps(tables, count, about)
     if (tables["clusters"]["clustering"] == clusters.LOUVAIN).any():
         caption = f"Louvain communities of {count}; labels: CNN, transformer, hybrid, seeds of a network together."
-        made["ari"] = figures.ari_by_resolution(tables["clusters"], caption=caption, **about)
-    caption = (
-        f"First {job.checks.images} images, {count}; whole cells of {job.checks.cells} × {job.checks.cells} removed; "
-    )
-    caption += "bands: the middle 90 % of the networks; random maps: chance."
-    label = "score (0 baseline, 1 the image)"
-    made["faithfulness"] = figures.deletion_curves(tables["curves"], ylabel=label, caption=caption, **about)
-    made |= _joined_figure(config, job, tables, about)
+        named = tables["clusters"].assign(method=tables["clusters"]["method"].map(titled))
+        made["ari"] = figures.ari_by_resolution(named, caption=caption, **about)
+    made["faithfulness"] = _curves(job, tables, count, about)
+    if "joined" in tables:
+        made |= _joined(job, tables, about)
     for name, figure in made.items():
         visualization.save(figure, folder / f"{name}.png")
     shown = write_pictures(config, subjects, job, kept, folder)
     return [*made, *(shown if config.is_synthetic else [])]
 
 
+def _heat_maps(tables: Mapping[str, pd.DataFrame], count: str, about: dict) -> dict[str, Figure]:
+    """map_METHOD of every method whose pairs all have a number."""
+    networks, made = tables["networks"], {}
+    table = tables["similarity"][tables["similarity"]["similarity"] == MAPPED]
+    for method, part in table.groupby("method", sort=False):
+        if not np.isfinite(part["mean"]).all():
+            continue
+        caption = f"Mean over {part['n'].min()} images of the cosine of two networks' maps; {count}; tree: average "
+        caption += "linkage of √((1 − mean)² + variance)."
+        made[f"map_{_file(method)}"] = figures.similarity_map(
+            clusters.square(part, "mean", diagonal=1),
+            clusters.square(part, "dissimilarity", diagonal=0),
+            dict(zip(networks["network"], networks["family"])),
+            title=f"Which networks explain alike? {titled(method)}",
+            label="mean cosine of the maps",
+            caption=caption,
+            **about,
+        )
+    return made
+
+
+def _curves(job: Job, tables: Mapping[str, pd.DataFrame], count: str, about: dict) -> Figure:
+    cells = f"{job.checks.cells} × {job.checks.cells}"
+    caption = (
+        f"First {job.checks.images} images, {count}; whole cells of {cells} removed; bands: the middle 90 % of the "
+    )
+    caption += "networks; random maps: chance."
+    curves = tables["curves"].assign(label=tables["curves"]["label"].map(titled))
+    return figures.deletion_curves(curves, ylabel="score (0 baseline, 1 the image)", caption=caption, **about)
+
+
 def _file(method: str) -> str:
     return method.replace(" %", "").replace(", ", "_").replace(" ", "_")
 
 
-def _joined_figure(config, job: Job, tables: Mapping[str, pd.DataFrame], about: dict) -> dict:
-    method = job.ways[0].variants[0]
+def _joined(job: Job, tables: Mapping[str, pd.DataFrame], about: dict) -> dict[str, Figure]:
+    """Of the first method that was asked."""
+    method = tables["joined"]["method"].iloc[0]
     points, found = (tables[name][tables[name]["method"] == method] for name in ("joined_points", "joined"))
-    found = found[found["other"].isin(points["other"])]
-    if points.empty or found.empty:
-        return {}
+    pairs = points["pairs"].iloc[0]
     caption = (
-        f"{method}: cosine of two networks' maps, mean over {points['pairs'].iloc[0]} pairs of networks of different "
+        f"{titled(method)}: cosine of two networks' maps, mean over {pairs} pairs of networks, of different families "
     )
-    caption += "families (one seed each); one mark an image; 95 % bootstrap intervals over images."
+    caption += "where there are several (one seed each); one mark an image; 95 % bootstrap intervals over images."
     return {"joined": figures.agreement_scatter(points, found, ylabel="cosine of the maps", caption=caption, **about)}
 
 
@@ -128,42 +143,47 @@ def write_pictures(config, subjects: Sequence[Subject], job: Job, kept: Kept, fo
     """pictures/: the first images, as one seed of each network explains them, and Grad-CAM by depth."""
     place = folder / ("" if config.is_synthetic else "pictures")
     size = max(subject.image_size for subject in subjects)
-    firsts = [subject for subject in first_of_each_label(subjects) if subject.image_size == size][:SHOWN_NETWORKS]
+    firsts = first_of_each_label(subjects)[:SHOWN_NETWORKS]
     images = job.chosen.first(SHOWN_IMAGES).at(size)
-    about = {"synthetic": config.is_synthetic}
-    names = []
+    made = {}
     for row, image in enumerate(images.ids):
-        maps = {s.label: _of_image(kept[s.name], job, row) for s in firsts}
+        maps = {subject.label: _of_image(kept[subject.name], job, row, size) for subject in firsts}
         mask = None if images.masks is None else (images.masks[row, 0] > 0).numpy()
-        figure = pictures.explanation_grid(
-            images.pixels[row].numpy(), maps, mask=mask, caption=f"Image {image}.", **about
-        )
-        names.append(f"grid_{row + 1}")
-        visualization.save(figure, place / f"{names[-1]}.png")
-    ways = [way for way in job.ways if way.method == GRAD_CAM]
-    if ways:
-        strips = [(s.label, images.pixels[0].numpy(), _by_depth(kept[s.name], ways[0])) for s in firsts]
-        caption = f"Grad-CAM; image {images.ids[0]}."
-        visualization.save(pictures.depth_strips(strips, caption=caption, **about), place / "depth_strips.png")
-        names.append("depth_strips")
-    return names
+        text = {"caption": f"Image {image}.", "synthetic": config.is_synthetic}
+        made[f"grid_{row + 1}"] = pictures.explanation_grid(images.pixels[row].numpy(), maps, mask=mask, **text)
+    for way in [way for way in job.ways if way.method == GRAD_CAM][:1]:
+        strips = [(each.label, images.pixels[0].numpy(), _by_depth(kept[each.name], way, size)) for each in firsts]
+        text = {"caption": f"Grad-CAM; image {images.ids[0]}.", "synthetic": config.is_synthetic}
+        made["depth_strips"] = pictures.depth_strips(strips, **text)
+    for name, figure in made.items():
+        visualization.save(figure, place / f"{name}.png")
+    return list(made)
 
 
-def _of_image(made: Mapping, job: Job, row: int) -> dict:
+def _of_image(made: Mapping, job: Job, row: int, size: int) -> dict:
+    """method -> its map of one image or why there is none; of Grad-CAM that of the last depth."""
     found = {}
     for way in job.ways:
         for variant in way.variants if way.method != GRAD_CAM else way.variants[-1:]:
             maps = made[way.name].maps.get(variant)
             if maps is None:
-                found[variant] = made[way.name].refused.get(variant, "not made")
+                found[titled(variant)] = made[way.name].refused.get(variant, "not made")
             elif row < len(maps):
-                found[variant] = maps[row].numpy()
+                found[titled(variant)] = _at(maps[row], size)
     return found
 
 
-def _by_depth(made: Mapping, way) -> dict:
+def _at(values: Tensor, size: int) -> np.ndarray:
+    """A map at another size, with the same sum."""
+    share = (len(values) / size) ** 2
+    return share * F.interpolate(values[None, None], size=(size, size), mode="nearest-exact")[0, 0].numpy()
+
+
+def _by_depth(made: Mapping, way: Way, size: int) -> dict:
     of = made[way.name]
     return {
-        f"{100 * depth:g} %": of.maps[variant][0].numpy() if variant in of.maps else of.refused.get(variant, "not made")
+        f"{100 * depth:g} %": _at(of.maps[variant][0], size)
+        if variant in of.maps
+        else of.refused.get(variant, "not made")
         for depth, variant in zip(way.depths, way.variants)
     }

@@ -27,10 +27,12 @@ from studies.explaining import Made
 from studies.explanation_checks import ALPHA
 from studies.explanation_work import Job, first_of_each_label
 from studies.subjects import SEGMENTATION, Subject, twins
+from utils import InputError
 
 OTHER_SEED, SAME, DIFFERENT = "same network, other seed", "same family", "different family"
 MOST = 0.5  # of what is attributed
 GAP, SAMPLING = "misses more than half of what it should sum to", "sampling error above half of the values"
+CORRELATED = [f"{part}{end}" for part in ("", "partial_") for end in ("low", "high", "p")] + ["spearman", "partial"]
 Kept = dict[str, dict[str, Made]]  # network -> way -> what it gave
 
 
@@ -73,7 +75,7 @@ def with_accuracy(checks: pd.DataFrame, job: Job, kept: Kept) -> pd.DataFrame:
     made = [kept[row.network][way_of[row.variant]] for row in checks.itertuples()]
     gaps = [_gap(each, variant) for each, variant in zip(made, checks["variant"])]
     errors = [
-        float(each.errors[v].median()) if v in each.errors else np.nan for each, v in zip(made, checks["variant"])
+        float(each.errors[v].quantile(0.5)) if v in each.errors else np.nan for each, v in zip(made, checks["variant"])
     ]
     failed = [
         "; ".join(filter(None, [before, GAP * (gap > MOST), SAMPLING * (error > MOST)]))
@@ -91,7 +93,7 @@ def _gap(made: Made, variant: str) -> float:
         return np.nan
     gap = made.gaps[variant].double()
     change = made.maps[variant].double().sum((1, 2)) - gap
-    return float((gap.abs() / change.abs()).median())
+    return float((gap.abs() / change.abs()).quantile(0.5))
 
 
 # ------------------------------------------------------------------------------------------------------------- compared
@@ -135,6 +137,8 @@ def similarities(config, subjects: Sequence[Subject], job: Job, kept: Kept, chec
             seed=config.seed,
         )
         frames.append(found.assign(method=variant))
+    if not frames:
+        raise InputError("no method gave maps of two networks, so there is nothing to compare; see explanations/")
     table = pd.concat(frames, ignore_index=True)
     table["kind"] = [_kind(facts[a], facts[b]) for a, b in zip(table["model_a"], table["model_b"])]
     table["p_holm"] = table.groupby(["method", "similarity"])["p"].transform(lambda p: holm(p.to_numpy()))
@@ -227,6 +231,8 @@ def joined(
     firsts = first_of_each_label(subjects)
     pairs = [(a, b) for a, b in itertools.combinations(firsts, 2) if a.family != b.family]
     pairs = pairs or list(itertools.combinations(firsts, 2))
+    if not pairs:  # seeds of one network
+        return pd.DataFrame(), pd.DataFrame()
     others = _other_agreements(pairs, job, folder)
     area = _areas(subjects, job)
     points, found = [], []
@@ -238,11 +244,24 @@ def joined(
         own = _explained_alike(maps, usable)
         known = {name: values.reindex(own.index) for name, values in others.items()}
         given = {"area": None if area is None else area.reindex(own.index), "resamples": config.resamples}
-        found.append(masks.follows_per_image(own, known, seed=config.seed, **given).assign(method=variant))
+        rows = [_followed(own, name, values, config.seed, given) for name, values in known.items()]
+        found.append(pd.concat(rows).assign(method=variant))
         for name, values in known.items():
             frame = pd.DataFrame({"method": variant, "other": name, "id": own.index, "x": values, "y": own})
             points.append(frame.assign(pairs=len(usable)))
+    if not found:
+        return pd.DataFrame(), pd.DataFrame()
     return pd.concat(points, ignore_index=True), pd.concat(found, ignore_index=True)
+
+
+def _followed(own: pd.Series, name: str, values: pd.Series, seed: int, given: Mapping) -> pd.DataFrame:
+    """A row of `masks.follows_per_image`; of too few images one without numbers, and why."""
+    try:
+        return masks.follows_per_image(own, {name: values}, seed=seed, **given)
+    except InputError as error:
+        there = (own.notna() & values.notna()).sum()
+        row = {"other": name, "n": there, "left_out": len(own) - there, "reason": str(error)}
+        return pd.DataFrame([row | dict.fromkeys(CORRELATED, np.nan)])
 
 
 def _explained_alike(maps: Mapping, pairs: Sequence[tuple[str, str]]) -> pd.Series:

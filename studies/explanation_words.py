@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from explanations.clusters import HIERARCHICAL, LOUVAIN, MANTEL
-from studies.explaining import TITLES
+from studies.explaining import TITLES, titled
 from studies.explanation_checks import UNCHANGED
 from studies.explanation_tables import DIFFERENT, MOST, OTHER_SEED, SAME
 from studies.explanation_work import Job
@@ -62,7 +62,7 @@ these; both median and largest of the networks, and failing above {MOST}.
 ## With the object covered
 {cover_words(tables, segmenting)}
 ## Does agreement on explanations follow other agreement, image by image?
-{joined_words(tables["joined"])}
+{joined_words(tables.get("joined", pd.DataFrame()))}
 Spearman over images (bootstrap 95 %); the second one for masks of equal area, where there are masks.
 
 {shown}
@@ -87,7 +87,7 @@ def counted(tables: Tables) -> str:
 def answer(tables: Tables) -> str:
     """A sentence a method."""
     return "\n".join(
-        f"- **{method}**: {_sentence(part.set_index('kind'), tables['clusters'], method)}"
+        f"- **{titled(method)}**: {_sentence(part.set_index('kind'), tables['clusters'], method)}"
         for method, part in tables["kinds"][tables["kinds"]["similarity"] == HEADLINE].groupby("method", sort=False)
     )
 
@@ -116,7 +116,7 @@ def kind_words(kinds: pd.DataFrame) -> str:
         means = [number(value) for value in part["mean"]]
         last = part.loc[DIFFERENT] if pd.notna(part.loc[DIFFERENT, "mean"]) else part.loc[SAME]
         ends = [number(last["null_mean"]), number(last["u"]), share(last["above_null"]), share(last["failed"])]
-        rows.append([method, similarity, *means, *ends])
+        rows.append([titled(method), similarity, *means, *ends])
     header = ["method", "similarity", "two seeds", "same family", "other family", "chance", "u"]
     return markdown_table([*header, "above chance", "failing"], rows)
 
@@ -129,7 +129,7 @@ def group_words(groups: pd.DataFrame) -> str:
     """A row a method and similarity: the best clustering of each kind, and the Mantel test."""
     rows = []
     for (method, similarity), part in groups.groupby(["method", "similarity"], sort=False):
-        row = [method, similarity]
+        row = [titled(method), similarity]
         for clustering in (HIERARCHICAL, LOUVAIN):
             found = part[(part["clustering"] == clustering) & part["ari"].notna()]
             best = found.loc[found["ari"].idxmax()] if len(found) else None
@@ -143,7 +143,7 @@ def group_words(groups: pd.DataFrame) -> str:
 def faith_words(tables: Tables) -> str:
     rows = []
     for variant, part in tables["faithfulness"].groupby("variant", sort=False):
-        row = [variant, number(part["insertion"].mean()), number(part["deletion"].mean())]
+        row = [titled(variant), number(part["insertion"].mean()), number(part["deletion"].mean())]
         row += [f"{(part['p'] < 0.05).sum()} of {len(part)}", number(part["randomized"].mean())]
         for column in ("gap", "sampling_error"):
             values = part[column].dropna()
@@ -165,7 +165,9 @@ def mask_words(tables: Tables) -> str:
     rows = []
     for (method, quantity), part in tables["in_mask"].groupby(["method", "quantity"], sort=False):
         values = [number(part[name].mean()) for name in ("mean", "null_mean", "area")]
-        rows.append([method, quantity, *values, f"{(part['p'] < 0.05).mean():.0%}", number(part["other_seeds"].mean())])
+        rows.append(
+            [titled(method), quantity, *values, f"{(part['p'] < 0.05).mean():.0%}", number(part["other_seeds"].mean())]
+        )
     header = ["method", "quantity", "mean", "masks of other images", "area of the mask", "above these", "other seeds"]
     return f"""## How much of a map lies in the mask?
 {markdown_table(header, rows)}
@@ -181,7 +183,7 @@ def cover_words(tables: Tables, segmenting: bool) -> str:
     rows = []
     for label, part in table.groupby("label", sort=False):
         row = [label, part["n"].max(), number(part["answer"].mean(), 2), number(part["answer_covered"].mean(), 2)]
-        maps = "; ".join(f"{each.variant} {each.rank_correlation:.2f}" for each in part.itertuples())
+        maps = "; ".join(f"{titled(each.variant)} {each.rank_correlation:.2f}" for each in part.itertuples())
         rows.append([*row, maps])
     what = "share of the object outlined" if segmenting else "share of right classes"
     header = ["network", "images", what, "with it covered", "rank correlation of the maps before and after"]
@@ -189,10 +191,14 @@ def cover_words(tables: Tables, segmenting: bool) -> str:
 
 
 def joined_words(joined: pd.DataFrame) -> str:
+    if joined.empty:
+        return "Not asked: no two different networks have maps of one method.\n"
     rows = []
     for row in joined.itertuples():
         partial = "–" if np.isnan(row.partial) else ranged(row.partial, row.partial_low, row.partial_high)
-        rows.append([row.method, row.other, row.n, ranged(row.spearman, row.low, row.high), number(row.p, 4), partial])
+        rows.append(
+            [titled(row.method), row.other, row.n, ranged(row.spearman, row.low, row.high), number(row.p, 4), partial]
+        )
     return markdown_table(["method", "other agreement", "images", "Spearman", "p", "for equal area"], rows)
 
 
@@ -201,8 +207,10 @@ def refused_words(inventory: pd.DataFrame) -> str:
     if refused.empty:
         return "Every method worked on every network.\n"
     lines = []
-    for (variant, reason), part in refused.groupby(["variant", "reason"], sort=False):
-        lines.append(f"- {variant} of {', '.join(part['network'])}: {reason}")
+    for (method, reason), part in refused.groupby(["method", "reason"], sort=False):
+        depths = ", ".join(dict.fromkeys(each.partition(", ")[2] for each in part["variant"]))
+        networks = ", ".join(dict.fromkeys(part["network"]))
+        lines.append(f"- {TITLES[method]}{f' ({depths})' if depths else ''} of {networks}: {reason}")
     return "\n".join(lines) + "\n"
 
 

@@ -67,9 +67,16 @@ def work(subject: Subject, job: Job, folder: Path, again: bool) -> None:
 def missing(subject: Subject, job: Job, folder: Path, again: bool) -> bool:
     """Whether something is still to be made."""
     parts = [kept(subject, way, job, folder) for way in job.ways]
-    complete = all(part is not None and not part.refused for part in parts)
-    own = [predictions(subject, job, folder), recording(subject, job, folder), checked(subject, job, folder, again)]
-    return not complete or any(part is None for part in own)
+    if any(part is None or part.refused for part in parts):
+        return True
+    tables = checked(subject, job, folder, again)
+    own = [predictions(subject, job, folder), recording(subject, job, folder), tables]
+    return any(part is None for part in own) or not _covers(tables, parts)
+
+
+def _covers(tables: Mapping[str, pd.DataFrame], parts: Iterable[Made]) -> bool:
+    """Whether all variants were checked: what was refused before may have been made since."""
+    return {variant for part in parts for variant in part.maps} <= set(tables["curves"]["variant"])
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -87,9 +94,10 @@ def explained(subject: Subject, model: nn.Module, images: Images, way: Way, job:
     part = images.first(way.images)
     try:
         asked = target(subject, model, part, job)
-    except InputError as error:
-        return Made({}, {}, {}, part.ids, {}, dict.fromkeys(way.variants, str(error)), 0.0)
-    found = explaining.make(way, model, part, asked, batch=job.batch, seed=job.seed)
+    except InputError as error:  # what this network cannot be asked at all
+        found = Made({}, {}, {}, part.ids, {}, dict.fromkeys(way.variants, str(error)), 0.0)
+    else:
+        found = explaining.make(way, model, part, asked, batch=job.batch, seed=job.seed)
     path = explaining.place_of(folder, subject, way)
     explaining.keep(path, found, explaining.key(subject, job.chosen, way, job.asked))
     return found
@@ -105,7 +113,8 @@ def check(
     subject: Subject, model: nn.Module, images: Images, made: Mapping[str, Made], job: Job, folder: Path, again: bool
 ) -> None:
     """The tables of `explanation_checks`, unless they are there."""
-    if checked(subject, job, folder, again) is not None:
+    found = checked(subject, job, folder, again)
+    if found is not None and _covers(found, made.values()):
         return
     variants = {
         variant: (way, made[way.name]) for way in job.ways for variant in way.variants if variant in made[way.name].maps
@@ -141,9 +150,14 @@ def _check_key(subject: Subject, job: Job, again: bool) -> str:
     return digest(ways, asdict(_checks(job, again)))
 
 
-def predict(subject: Subject, model: nn.Module, images: Images, job: Job, folder: Path) -> dict[str, Tensor]:
-    """id -> what the network answers: its mask (H, W) bool; or (2,): probability of the own class, 1 where it wins."""
-    found = predictions(subject, job, folder)
+def predict(
+    subject: Subject, model: nn.Module, images: Images, job: Job, folder: Path, name: str = "predictions"
+) -> dict[str, Tensor]:
+    """id -> what the network answers: its mask (H, W) bool; or (2,): probability of the own class, 1 where it wins.
+
+    name : of the file that they are kept in
+    """
+    found = predictions(subject, job, folder, name)
     if found is not None:
         return found
     answers = []
@@ -160,16 +174,16 @@ def predict(subject: Subject, model: nn.Module, images: Images, job: Job, folder
                 share = logits.softmax(1).gather(1, own[rows, None])[:, 0]
                 answers.append(torch.stack([share, (logits.argmax(1) == own[rows]).float()], 1))
     values = torch.cat(answers)
-    path = explaining.place_of(folder, subject, "predictions").with_suffix(".safetensors")
+    path = explaining.place_of(folder, subject, name).with_suffix(".safetensors")
     about = {"key": _images_key(subject, job), "ids": "\n".join(images.ids)}
     with atomic_path(path) as temporary:
         save_file({"values": values.contiguous()}, temporary, about)
     return dict(zip(images.ids, values))
 
 
-def predictions(subject: Subject, job: Job, folder: Path) -> dict[str, Tensor] | None:
+def predictions(subject: Subject, job: Job, folder: Path, name: str = "predictions") -> dict[str, Tensor] | None:
     """As `predict`, if they are there."""
-    path = explaining.place_of(folder, subject, "predictions").with_suffix(".safetensors")
+    path = explaining.place_of(folder, subject, name).with_suffix(".safetensors")
     try:
         with safe_open(path, "pt") as stored:
             about = stored.metadata()
@@ -211,13 +225,16 @@ def recording(subject: Subject, job: Job, folder: Path) -> Recording | None:
 
 
 def empty_predictions(subjects: Sequence[Subject], job: Job, folder: Path) -> dict[str, list[str]]:
-    """network -> ids of the images in which it outlines nothing."""
-    empty = {}
+    """network -> ids of the images in which it outlines nothing.
+
+    Kept beside the predictions of the images that are left then, which would else take their place, and they theirs.
+    """
+    empty, name = {}, "predictions_of_all"
     for subject in subjects:
-        found = predictions(subject, job, folder)
+        found = predictions(subject, job, folder, name)
         if found is None:
             model = subject.load(resolve_device(job.device))
-            found = predict(subject, model, job.chosen.at(subject.image_size), job, folder)
+            found = predict(subject, model, job.chosen.at(subject.image_size), job, folder, name)
         empty[subject.name] = [name for name, mask in found.items() if not mask.any()]
     return empty
 

@@ -23,8 +23,8 @@ from sources import ImageSource
 from studies import architectures, explanation_report, explanation_work
 from studies.classifiers import ClassifiersConfig, photo_folder
 from studies.explained_images import Chosen, choose
-from studies.explaining import ways_of
-from studies.explanation_checks import Checks
+from studies.explaining import refuse_one_folder, ways_of
+from studies.explanation_checks import ALPHA, Checks
 from studies.explanation_work import Job
 from studies.subjects import SEGMENTATION, Subject, settings_in, subjects_of
 from utils import (
@@ -117,6 +117,7 @@ def run(config: ExplanationsConfig) -> Path:
     if not config.networks and not config.pretrained:
         config = dataclasses.replace(config, networks={str(train_first(config)): []})
     subjects = subjects_of(config.networks, config.pretrained, config.leave_out)
+    refuse_one_folder("networks", [subject.name for subject in subjects])
     ways, checks = ways_of(config.methods, config.images), checks_of(config, subjects)
     chosen = choose_images(config, subjects)
     folder = open_folder(config, chosen)
@@ -155,6 +156,11 @@ def check_settings(config: ExplanationsConfig) -> None:
     for name in ("check_images", "few_images"):
         if getattr(config, name) > config.images:
             raise InputError(f"{name} is {getattr(config, name)}, and {config.images} images are chosen; lower it")
+    marked = int(config.top * config.compared_at**2 + 0.5)
+    if "kappa" in config.similarities and not 0 < marked < config.compared_at**2:
+        raise InputError(f"top {config.top} of {config.compared_at} × {config.compared_at} cells marks {marked}")
+    if 0.5**config.check_images >= ALPHA:  # the smallest p of a signed-rank test
+        raise InputError(f"check_images {config.check_images}: no method can beat random maps at p < {ALPHA}; give 5")
     ways_of(config.methods, config.images)
     resolve_device(config.device)
 
@@ -172,6 +178,9 @@ def train_first(config: ExplanationsConfig) -> Path:
 def checks_of(config: ExplanationsConfig, subjects: list[Subject]) -> Checks:
     if config.cover != "centre" and subjects[0].kind != SEGMENTATION and not config.is_synthetic:
         raise InputError(f"cover {config.cover!r} needs masks, and photographs have none; use cover centre")
+    smallest = min(subject.image_size for subject in subjects)
+    if config.check_cells > smallest:
+        raise InputError(f"check_cells {config.check_cells} a side do not fit images of {smallest} px; lower it")
     return Checks(config.check_images, config.few_images, config.check_cells, config.levels, config.cover)
 
 
@@ -188,13 +197,24 @@ def check_drawn_images(config: ExplanationsConfig, subjects: list[Subject]) -> N
                 )
 
 
+def drawn_for(config: ExplanationsConfig) -> ClassifiersConfig:
+    """The settings of the classifiers study whose synthetic photographs are explained."""
+    if not config.networks:
+        raise InputError("data synthetic: no network was trained on it; give a folder of photographs as data")
+    for folder in map(Path, config.networks):
+        own = ClassifiersConfig(**settings_in(folder))
+        if not own.is_synthetic:
+            raise InputError(f"the networks of {folder} were trained on {own.data}, not on synthetic images; give data")
+    return ClassifiersConfig(**settings_in(Path(next(iter(config.networks)))))
+
+
 def choose_images(config: ExplanationsConfig, subjects: list[Subject]) -> Chosen:
     sizes = sorted({subject.image_size for subject in subjects})
     source = config
     if config.is_synthetic and subjects[0].kind == SEGMENTATION:
         check_drawn_images(config, subjects)
     if config.is_synthetic and subjects[0].kind != SEGMENTATION:  # what the classifiers were trained on, drawn again
-        own = ClassifiersConfig(**settings_in(Path(next(iter(config.networks)))))
+        own = drawn_for(config)
         source = dataclasses.replace(config, data=str(photo_folder(own)))
     chosen = choose(source, subjects[0].kind, config.images, sizes, label=config.label, seed=config.seed)
     if len(chosen.ids) < config.images:

@@ -12,14 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import pandas as pd
 import torch
 import yaml
 from torch import nn
 
-from classification.classifiers import ClassifierSpec, build_classifier, load_classifier
+from classification.classifiers import FAMILIES, ClassifierSpec, build_classifier, load_classifier
 from classification.classifiers import family_of as classifier_family
 from model_spec import TITLES, ModelSpec
 from models import load_model
+from recipes import TrainConfig, is_finished
 from studies.cells import cells_of
 from studies.families import family_of
 from studies.grid import FINISHED
@@ -27,6 +29,7 @@ from studies.grid_tables import label_of
 from utils import InputError, closest
 
 SEGMENTATION, CLASSIFICATION = "segmentation", "classification"
+REMEDY = "give a results folder as a study wrote it"
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ def named(label: str, settings: dict) -> Subject:
     if "name" not in settings:
         raise InputError(f"pretrained {label!r}: which network? give its name, such as {{name: resnet18}}")
     family = settings.pop("family", None) or classifier_family(settings["name"])
+    if family not in FAMILIES:
+        raise InputError(f"pretrained {label!r}: family {family!r} is none of {', '.join(FAMILIES)}")
     spec = ClassifierSpec(**{"weights": "imagenet", "classes": 1000, "image_size": 224} | settings)
     return Subject(label, family, None, CLASSIFICATION, spec.image_size, spec=spec)
 
@@ -125,6 +130,8 @@ def named(label: str, settings: dict) -> Subject:
 def _of_grid(folder: Path) -> list[Subject]:
     """Of cells/: their labels are known from the grid's own settings."""
     settings = settings_in(folder)
+    if "axes" not in settings:
+        raise InputError(f"{folder / 'config.yaml'} has no axes, which say what the cells are; {REMEDY}")
     by_name = {cell.name: cell for cell in cells_of(settings["axes"], settings.get("skip") or [])}
     found = []
     for path in sorted(folder.glob(f"cells/*/{FINISHED}")):
@@ -138,14 +145,22 @@ def _of_grid(folder: Path) -> list[Subject]:
 
 
 def _of_universality(folder: Path) -> list[Subject]:
-    """Of models/: finished ones have a checkpoint of their best epoch."""
+    """Of models/; one in the middle of its training has a checkpoint of its best epoch, too, and is left out."""
     runs = [path.parents[1] for path in sorted(folder.glob("models/*/best/model.json"))]
+    runs = [run for run in runs if _is_trained(run)]
     return [_segmenter(run, TITLES[settings_in(run)["model"]]) for run in runs]
 
 
+def _is_trained(run: Path) -> bool:
+    settings, history = settings_in(run), run / "history.csv"
+    known = {field.name for field in fields(TrainConfig)}
+    recipe = TrainConfig(**{key: value for key, value in settings.items() if key in known})
+    return history.is_file() and is_finished(recipe, pd.read_csv(history)["validation_iou"])
+
+
 def _segmenter(run: Path, label: str) -> Subject:
-    settings = settings_in(run)
     """`label` says which architecture it is, also where its own study had no need to."""
+    settings = settings_in(run)
     spec = _json(run / "best" / "model.json")["spec"]
     family = family_of(ModelSpec(**spec | {"freeze": tuple(spec["freeze"])}))
     title = TITLES[spec["name"]]
@@ -159,6 +174,8 @@ def _of_classifiers(folder: Path) -> list[Subject]:
     for path in sorted(folder.glob("networks/*/classifier.json")):
         stored = _json(path)
         spec, extra = stored["spec"], stored["extra"]
+        if not {"label", "family", "seed"} <= set(extra):
+            raise InputError(f"{path} says no label, family and seed of the classifier; {REMEDY}")
         of = (extra["label"], extra["family"], extra["seed"], CLASSIFICATION, spec["image_size"])
         found.append(Subject(*of, path.parent))
     return found
@@ -170,9 +187,9 @@ def settings_in(folder: Path) -> dict:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); give a results folder as a study wrote it") from error
+        raise InputError(f"{path} cannot be read ({error}); {REMEDY}") from error
     if not isinstance(settings, dict):
-        raise InputError(f"{path} holds no settings; give a results folder as a study wrote it")
+        raise InputError(f"{path} holds no settings; {REMEDY}")
     return settings
 
 
@@ -180,7 +197,7 @@ def _json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); give a results folder as a study wrote it") from error
+        raise InputError(f"{path} cannot be read ({error}); {REMEDY}") from error
 
 
 def _refuse_mixtures(subjects: Sequence[Subject]) -> None:

@@ -146,7 +146,7 @@ def covered(images: Tensor, masks: Tensor, *, baseline: Baseline = "outside", bo
         raise InputError(f"masks must be {(len(images), 1, *images.shape[-2:])}, one for every image")
     hidden = masks[:, 0].to(images.device) > 0.5
     _refuse_rows(~hidden.flatten(1).any(1), "has an empty mask: there is nothing to cover")
-    hidden = _boxes(hidden) if box else hidden
+    hidden = boxes(hidden) if box else hidden
     missing, words = _outside(images, hidden) if baseline == "outside" else baseline_images(images, baseline)
     return torch.where(hidden[:, None], missing, images), f"{'box' if box else 'mask'} covered by: {words}"
 
@@ -158,8 +158,8 @@ def _outside(images: Tensor, hidden: Tensor) -> tuple[Tensor, str]:
     return colour[:, :, None, None].expand_as(images), "mean colour outside"
 
 
-def _boxes(hidden: Tensor) -> Tensor:
-    """The bounding box of each (H, W) of (B, H, W), filled."""
+def boxes(hidden: Tensor) -> Tensor:
+    """The bounding box of each (H, W) of (B, H, W) bool, filled."""
     down, across = (_between(hidden.any(axis)) for axis in (2, 1))
     return down[:, :, None] & across[:, None, :]
 

@@ -24,7 +24,6 @@ from studies.subjects import CLASSIFICATION, SEGMENTATION, Subject
 from utils import InputError, digest
 
 FEWEST = 8  # images: with fewer there is no null worth the name
-IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -79,34 +78,33 @@ class Chosen:
 
 
 def choose(
-    source: ImageSource, kind: str, count: int, sizes: Sequence[int], *, label: int | None = None, seed: int = 0
+    source: ImageSource, kind: str, count: int | None, sizes: Sequence[int], *, label: int | None = None, seed: int = 0
 ) -> Chosen:
     """A seeded choice by id: of segmentation images those with an object, of photographs evenly over the classes.
 
+    count : at most so many; None: all there are
     sizes : at which the object has to be there, since a small one may vanish; label : of the object, where there are
         several classes
     """
     if kind == SEGMENTATION:
         tests = [_test_set(source, size) for size in sorted(set(sizes))]
         there = set.intersection(*(_with_object(each, label) for each in tests))
-        test, known = tests[-1], _enough(sorted(there), len(there))
-        return Chosen(kind, tuple(_drawn(known, count, seed)), test.fingerprint, source)
+        return Chosen(kind, _first(_shuffled(sorted(there), seed), count), tests[-1].fingerprint, source)
     photos = _photos(source)
-    by_class = [_drawn(sorted(_of_class(photos, label)), count, seed) for label in range(len(photos.classes))]
-    turns = [names[turn] for turn in range(count) for names in by_class if turn < len(names)]
-    return Chosen(kind, tuple(_enough(turns, count)), photos.fingerprint, source, tuple(photos.classes))
+    by_class = [_shuffled(sorted(_of_class(photos, label)), seed) for label in range(len(photos.classes))]
+    turns = [names[turn] for turn in range(max(map(len, by_class))) for names in by_class if turn < len(names)]
+    return Chosen(kind, _first(turns, count), photos.fingerprint, source, photos.classes)
 
 
-def _drawn(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """At most `count` of them, in a seeded order."""
-    order = np.random.default_rng(seed).permutation(len(names))
-    return [names[place] for place in order[:count]]
+def _shuffled(names: Sequence[str], seed: int) -> list[str]:
+    return [names[place] for place in np.random.default_rng(seed).permutation(len(names))]
 
 
-def _enough(names: Sequence[str], count: int) -> list[str]:
-    if len(names) < FEWEST:
-        raise InputError(f"{len(names)} images can be explained: give at least {FEWEST}")
-    return list(names[:count])
+def _first(names: Sequence[str], count: int | None) -> tuple[str, ...]:
+    found = tuple(names[:count])
+    if len(found) < FEWEST:
+        raise InputError(f"{len(found)} images can be explained: give at least {FEWEST}")
+    return found
 
 
 def _test_set(source: ImageSource, size: int) -> SegmentationDataset:
@@ -161,7 +159,7 @@ def target_of(
     label : the class of a segmentation model of several; its true mask is where the image has that class
     """
     if subject.kind == CLASSIFICATION:
-        return class_logit(own_classes(model, images, chosen))
+        return class_logit(own_classes(subject, images, chosen))
     if which == "predicted":
         return masked_logit(predicted_masks(model, images.pixels, label), label, which=which, ids=images.ids)
     return masked_logit(true_masks(images, label), label, which=which, ids=images.ids)
@@ -172,23 +170,18 @@ def true_masks(images: Images, label: int | None) -> Tensor:
     return images.masks > 0 if label is None else images.masks == label
 
 
-def own_classes(model: nn.Module, images: Images, chosen: Chosen) -> Tensor:
-    """(N,): the number that a classifier has for each photograph's class; ImageNet's own for one of 1000 classes."""
-    classes = model.spec.classes
-    if classes == len(chosen.names):
-        return images.classes
-    if classes != IMAGENET_CLASSES:
-        raise InputError(
-            f"the classifier {model.spec.name!r} knows {classes} classes and the photographs have {len(chosen.names)}; "
-            "train it on these classes, or take one of ImageNet's 1000"
-        )
-    unknown = [name for name in chosen.names if name not in IMAGENETTE]
+def own_classes(subject: Subject, images: Images, chosen: Chosen) -> Tensor:
+    """(N,): the number that a classifier has for each photograph's class, by the classes' names; of one of ImageNet's
+    1000 classes ImageNet's own."""
+    unknown = [name for name in chosen.names if name not in (subject.classes or IMAGENETTE)]
     if unknown:
+        known = "trained on other classes" if subject.classes else "asked for Imagenette's ten classes alone"
         raise InputError(
-            f"class {unknown[0]!r} is none of Imagenette's, so its number among ImageNet's 1000 is not known here; "
-            "use photographs of Imagenette, or a classifier trained on these classes"
+            f"{subject.name} does not know the class {unknown[0]!r}: it was {known}; use photographs of its classes, "
+            "or a classifier trained on these"
         )
-    return torch.tensor([IMAGENETTE[name].index for name in chosen.names])[images.classes]
+    numbers = [subject.classes.index(name) if subject.classes else IMAGENETTE[name].index for name in chosen.names]
+    return torch.tensor(numbers)[images.classes]
 
 
 def key_of(chosen: Chosen) -> str:

@@ -1,37 +1,35 @@
 """Are a network's explanations faithful, and what changes when the object is covered? Tables of one network.
 
 Deletion and insertion curves of every variant beside those of random maps, rank correlations as the weights turn
-random, and scores and maps with the object covered; made once and kept. Which methods fail by these numbers is said by
-`verdicts`, from the tables of all networks.
+random, and scores and maps with the object covered, and with as much covered elsewhere. Made once and kept, by the way
+that was asked. Which methods fail by these numbers is said in `explanation_verdicts`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import wilcoxon
 from torch import Tensor, nn
 
 from answers import decided, pixel_logits
 from explanations.checks import cover_check, curves, random_maps, randomization
-from explanations.covering import covered
+from explanations.covering import boxes, covered
 from explanations.targets import Target, device_of, quiet
 from studies.explained_images import Chosen, Images, own_classes, true_masks
-from studies.explaining import CANNOT, Made, Way, explainer_of, reason
+from studies.explaining import CANNOT, Made, explainer_of, reason
+from studies.explanation_ways import Way
 from studies.subjects import CLASSIFICATION, Subject
-from utils import InputError, write_table, write_text
+from utils import write_table, write_text
 
 RANDOM = "random maps"
 STEPS = tuple(step / 10 for step in range(11))
-TABLES = ("curves", "randomization", "cover")
-UNCHANGED = 0.5  # rank correlation of maps with those of the network at random weights
-ALPHA = 0.05
+OBJECT, ELSEWHERE = "object", "elsewhere"  # what is covered
 
 
 @dataclass(frozen=True)
@@ -51,126 +49,146 @@ class Checks:
     cover: str
     again: bool = True
 
+    def passes(self, way: Way) -> tuple[int, int]:
+        """(forward, backward) through the network that the checks of one way take, of all images together."""
+        drawn = min(self.images, way.images) * len(way.variants) * 2 * len(STEPS)
+        times = self.few * len(way.variants) * (self.levels + 2) if self.again else 0
+        forward, backward = way.passes
+        return drawn + times * forward, times * backward
 
-def check(
-    subject: Subject,
-    model: nn.Module,
-    images: Images,
-    chosen: Chosen,
-    target_of: Callable[[Images], Target],
-    made: Mapping[str, tuple[Way, Made]],
-    checks: Checks,
-    *,
-    label: int | None,
-    batch: int,
-    seed: int,
-) -> dict[str, pd.DataFrame]:
-    """The tables of one network; made : {variant: (its way, its maps)}."""
-    found = {"curves": _curves(model, images, target_of, made, checks, batch, seed)}
-    if not checks.again:
-        return found
-    few = images.first(checks.few)
-    target = target_of(few)
-    again = (subject, model, few, target, checks, batch, seed)
-    found["randomization"] = _randomization(*again, made)
-    few = few.at_rows(_coverable(few, checks.cover, label))
-    if few.ids:
-        masks, words = cover_of(few, checks.cover, label)
-        again = (subject, model, few, target_of(few), checks, batch, seed)
-        found["cover"] = _cover(*again, made, masks, words, _right_of(subject, few, chosen, label))
+
+@dataclass(frozen=True)
+class Asked:
+    """One network and what it is asked about: target_of makes its target for some of the images."""
+
+    subject: Subject
+    model: nn.Module
+    images: Images
+    chosen: Chosen
+    target_of: Callable[[Images], Target]
+    label: int | None
+    batch: int
+    seed: int
+
+
+def check_way(asked: Asked, way: Way, made: Made, checks: Checks) -> dict[str, pd.DataFrame]:
+    """curves, and where it is explained again randomization and cover; a row with its `reason` where one cannot be."""
+    part = asked.images.first(min(checks.images, len(made.ids)))
+    target = asked.target_of(part)
+    frames = [
+        _curve(asked, part, maps[: len(part.ids)], target, checks).assign(variant=variant)
+        for variant, maps in made.maps.items()
+    ]
+    found = {"curves": pd.concat(frames, ignore_index=True)}
+    if checks.again:
+        few = asked.images.first(min(checks.few, len(made.ids)))
+        found["randomization"] = _randomization(asked, few, way, made, checks)
+        found["cover"] = _cover(asked, few, way, made, checks)
     return found
 
 
-def _coverable(images: Images, cover: str, label: int | None) -> list[int]:
-    """Rows of the images in which something is left outside of what is covered; else there is no colour to cover by."""
-    masks, _ = cover_of(images, cover, label)
-    rows = []
-    for row in range(len(images.ids)):
+def random_curves(asked: Asked, checks: Checks) -> dict[str, pd.DataFrame]:
+    """The curves of maps that know nothing, one draw an image."""
+    part = asked.images.first(checks.images)
+    size = part.pixels.shape[-1]
+    nothing = random_maps(len(part.ids), size, size, cells=checks.cells, seed=asked.seed)
+    return {"curves": _curve(asked, part, nothing, asked.target_of(part), checks).assign(variant=RANDOM)}
+
+
+def _curve(asked: Asked, images: Images, maps: Tensor, target: Target, checks: Checks) -> pd.DataFrame:
+    given = {"cells": checks.cells, "fractions": STEPS, "ids": images.ids, "batch": asked.batch, "seed": asked.seed}
+    return curves(asked.model, images.pixels, maps, target, **given)
+
+
+def _explainer(asked: Asked, images: Images, way: Way, variant: str, made: Made, target: Target) -> Callable:
+    """As `explainer_of`, with the kept maps for the network and images as they are."""
+    make = explainer_of(way, variant, images.pixels, target, batch=asked.batch, seed=asked.seed)
+    rows = {name: row for row, name in enumerate(made.ids)}
+    own = made.maps[variant][[rows[name] for name in images.ids]]
+
+    def of(model: nn.Module, pixels: Tensor) -> Tensor:
+        return own if model is asked.model and pixels is images.pixels else make(model, pixels)
+
+    return of
+
+
+def _randomization(asked: Asked, images: Images, way: Way, made: Made, checks: Checks) -> pd.DataFrame:
+    target, frames = asked.target_of(images), []
+    for variant in made.maps:
+        explainer = _explainer(asked, images, way, variant, made, target)
+        settings = {"levels": checks.levels, "seed": asked.seed, "ids": images.ids}
         try:
-            covered(images.pixels[row : row + 1], masks[row : row + 1], box=cover == "box")
-        except InputError:
+            found = randomization(asked.model, images.pixels, explainer, **settings)
+        except CANNOT as error:
+            found = pd.DataFrame([{"reason": reason(error)}])
+        frames.append(found.assign(variant=variant))
+    return pd.concat(frames, ignore_index=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- covered
+
+
+def _cover(asked: Asked, few: Images, way: Way, made: Made, checks: Checks) -> pd.DataFrame:
+    """Rows of `cover_check` with answers before and after, for the object and for as much elsewhere (`which`)."""
+    frames = []
+    for which in (OBJECT, ELSEWHERE):
+        hidden, words = region(few, checks.cover, which, asked.label)
+        rows = [row for row, mask in enumerate(hidden[:, 0]) if mask.any() and not mask.all()]
+        if not rows:
+            why = {"reason": "all of every image is covered", "which": which}
+            frames.append(pd.DataFrame([{"variant": variant} | why for variant in made.maps]))
             continue
-        rows.append(row)
-    return rows
-
-
-def _curves(model, images: Images, target_of, made: Mapping, checks: Checks, batch: int, seed: int) -> pd.DataFrame:
-    frames = []
-    size = images.pixels.shape[-1]
-    for variant, (_, kept) in made.items():
-        part = images.first(min(checks.images, len(kept.ids)))
-        maps = kept.maps[variant][: len(part.ids)]
-        frames.append(_curve(model, part, maps, target_of(part), checks, batch, seed).assign(variant=variant))
-    part = images.first(checks.images)
-    nothing = random_maps(len(part.ids), size, size, cells=checks.cells, seed=seed)
-    frames.append(_curve(model, part, nothing, target_of(part), checks, batch, seed).assign(variant=RANDOM))
+        images, hidden = few.at_rows(rows), hidden[rows]
+        answers = _answers(asked, images, hidden)
+        target = asked.target_of(images)
+        for variant in made.maps:
+            explainer = _explainer(asked, images, way, variant, made, target)
+            try:
+                found = cover_check(
+                    asked.model, images.pixels, hidden, target, explainer, ids=images.ids, batch=asked.batch
+                ).merge(answers, on="id")
+            except CANNOT as error:
+                found = pd.DataFrame([{"reason": reason(error)}])
+            frames.append(found.assign(variant=variant, which=which, covered=words))
     return pd.concat(frames, ignore_index=True)
 
 
-def _curve(model, images: Images, maps: Tensor, target: Target, checks: Checks, batch: int, seed: int) -> pd.DataFrame:
-    given = {"cells": checks.cells, "fractions": STEPS, "ids": images.ids, "batch": batch, "seed": seed}
-    return curves(model, images.pixels, maps, target, **given)
-
-
-def _randomization(subject, model, images: Images, target, checks: Checks, batch, seed, made: Mapping) -> pd.DataFrame:
-    frames = []
-    for variant, (way, _) in made.items():
-        explainer = explainer_of(way, variant, subject.image_size, target, batch=batch, seed=seed)
-        try:
-            found = randomization(model, images.pixels, explainer, levels=checks.levels, seed=seed, ids=images.ids)
-        except CANNOT as error:
-            found = pd.DataFrame([{"reason": reason(error)}])
-        frames.append(found.assign(variant=variant))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _cover(
-    subject, model, images: Images, target, checks: Checks, batch, seed, made: Mapping, masks: Tensor, words: str, right
-) -> pd.DataFrame:
-    frames = []
-    for variant, (way, _) in made.items():
-        explainer = explainer_of(way, variant, subject.image_size, target, batch=batch, seed=seed)
-        try:
-            found = cover_check(
-                model, images.pixels, masks, target, explainer, box=checks.cover == "box", ids=images.ids, batch=batch
-            )
-        except CANNOT as error:
-            found = pd.DataFrame([{"reason": reason(error)}])
-        frames.append(found.assign(variant=variant))
-    without, _ = covered(images.pixels, masks, box=checks.cover == "box")
-    answers = {"answer": right(model, images.pixels), "answer_covered": right(model, without)}
-    table = pd.concat(frames, ignore_index=True).assign(covered=words)
-    if "id" not in table:  # refused for every variant
-        return table
-    return table.merge(pd.DataFrame({"id": images.ids} | answers), on="id", how="left")
-
-
-def cover_of(images: Images, cover: str, label: int | None) -> tuple[Tensor, str]:
-    """(what is covered (N, 1, H, W), in words)."""
-    if cover != "centre":
-        return true_masks(images, label), {"mask": "the object's mask", "box": "the box around its mask"}[cover]
+def region(images: Images, cover: str, which: str, label: int | None) -> tuple[Tensor, str]:
+    """(what is covered (N, 1, H, W) bool, in words); 'elsewhere' is the same moved by half the image, wrapped."""
     size = images.pixels.shape[-1]
-    inside = (torch.arange(size) >= size // 4) & (torch.arange(size) < size - size // 4)
-    box = (inside[:, None] & inside).expand(len(images.ids), 1, size, size)
-    return box, "a centred box of half the side (nobody outlined the objects)"
+    if cover == "centre":
+        inside = (torch.arange(size) >= size // 4) & (torch.arange(size) < size - size // 4)
+        hidden = (inside[:, None] & inside).expand(len(images.ids), 1, size, size)
+        words = "a centred box of half the side (nobody outlined the objects)"
+    else:
+        hidden = true_masks(images, label)
+        hidden = boxes(hidden[:, 0])[:, None] if cover == "box" else hidden
+        words = {"mask": "the object's mask", "box": "the box around its mask"}[cover]
+    return (hidden, words) if which == OBJECT else (hidden.roll((size // 2, size // 2), (2, 3)), words)
 
 
-def _right_of(subject: Subject, images: Images, chosen: Chosen, label: int | None) -> Callable:
-    """(model, pixels) -> (N,): is the class right (0, 1), or what share of the object is outlined."""
-
-    def right(model: nn.Module, pixels: Tensor) -> np.ndarray:
-        with quiet(model), torch.no_grad():
-            pixels = pixels.to(device_of(model))
-            if subject.kind == CLASSIFICATION:
-                return (model(pixels).argmax(1).cpu() == own_classes(model, images, chosen)).double().numpy()
-            seen = decided(pixel_logits(model, pixels)).cpu() == (1 if label is None else label)
-        inside = true_masks(images, label)
-        return ((seen & inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))).double().numpy()
-
-    return right
+def _answers(asked: Asked, images: Images, hidden: Tensor) -> pd.DataFrame:
+    """Per image, before and after: is the class right (0, 1), or what share of the object is outlined."""
+    without, _ = covered(images.pixels, hidden)
+    before, after = (_right(asked, images, pixels) for pixels in (images.pixels, without))
+    return pd.DataFrame({"id": images.ids, "answer": before, "answer_covered": after})
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+def _right(asked: Asked, images: Images, pixels: Tensor) -> np.ndarray:
+    model, shares = asked.model, []
+    with quiet(model), torch.no_grad():
+        for part in pixels.to(device_of(model)).split(asked.batch):
+            seen = model(part).argmax(1) if asked.subject.kind == CLASSIFICATION else decided(pixel_logits(model, part))
+            shares.append(seen.cpu())
+    seen = torch.cat(shares)
+    if asked.subject.kind == CLASSIFICATION:
+        return (seen == own_classes(asked.subject, images, asked.chosen)).double().numpy()
+    inside = true_masks(images, asked.label)
+    found = (seen == (1 if asked.label is None else asked.label)) & inside
+    return (found.sum((1, 2, 3)) / inside.sum((1, 2, 3))).double().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def keep(folder: Path, tables: Mapping[str, pd.DataFrame], expected: str) -> None:
@@ -190,98 +208,3 @@ def known(folder: Path, expected: str) -> dict[str, pd.DataFrame] | None:
         return {name: pd.read_csv(folder / f"{name}.csv", dtype={"id": str}) for name in about["tables"]}
     except (OSError, ValueError, KeyError):  # not there, or cut short
         return None
-
-
-# ------------------------------------------------------------------------------------------------------------ verdicts
-
-
-def verdicts(tables: Mapping[str, Mapping[str, pd.DataFrame]], labels: Mapping[str, str]) -> pd.DataFrame:
-    """One row a network and variant: does it beat random maps, and does it change with the weights?
-
-    tables : network -> tables of `check`; labels : network -> its label: networks that were not explained again share
-    the randomisation check of their label's first seed
-    n, deletion, insertion : images; mean area under the curves as a share of the way from the baseline's to the
-        image's score (ratio of means)
-    advantage : insertion less deletion, less the same of random maps, in those shares; p : one-sided Wilcoxon
-        signed-rank test over images that it is above 0
-    randomized : mean rank correlation of the maps with those at fully random weights
-    failed : 'no better than random maps' where p ≥ 0.05; 'survives random weights' where that correlation is 0.5 or
-        more; '' where neither
-    """
-    changed = {labels[name]: found["randomization"] for name, found in tables.items() if "randomization" in found}
-    rows = []
-    for name, found in tables.items():
-        last = _at_last_level(changed.get(labels[name]))
-        rows += [{"network": name, **row} | last(row["variant"]) for row in _against_random(found["curves"])]
-    table = pd.DataFrame(rows)
-    reasons = [
-        "; ".join(
-            text
-            for text, holds in (
-                ("no better than random maps", not row.p < ALPHA),
-                ("survives random weights", row.randomized >= UNCHANGED),
-            )
-            if holds
-        )
-        for row in table.itertuples()
-    ]
-    return table.assign(failed=reasons)
-
-
-def areas_of(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows (variant, id): deletion, insertion (mean score along the curve), empty, full (score of baseline, image)."""
-    rows = []
-    for (variant, image), part in table.groupby(["variant", "id"], sort=False):
-        row = {"variant": variant, "id": image}
-        for curve, points in part.groupby("curve", sort=False):
-            points = points.sort_values("fraction")
-            row[curve] = np.trapezoid(points["score"], points["fraction"])
-            if curve == "deletion":
-                row |= {"full": points["score"].iloc[0], "empty": points["score"].iloc[-1]}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _against_random(table: pd.DataFrame) -> Iterator[dict]:
-    areas = areas_of(table).set_index(["variant", "id"])
-    nothing = areas.loc[RANDOM]
-    for variant in dict.fromkeys(table["variant"]):
-        if variant == RANDOM:
-            continue
-        own = areas.loc[variant]
-        of_random = nothing.loc[own.index]
-        change = (own["full"] - own["empty"]).mean()
-        better = (own["insertion"] - own["deletion"]) - (of_random["insertion"] - of_random["deletion"])
-        row = {"variant": variant, "n": len(own)}
-        row |= {name: (own[name] - own["empty"]).mean() / change for name in ("deletion", "insertion")}
-        p = float(wilcoxon(better, alternative="greater").pvalue) if better.any() else 1.0
-        yield row | {"advantage": better.mean() / change, "p": p}
-
-
-def _at_last_level(table: pd.DataFrame | None) -> Callable[[str], dict]:
-    def of(variant: str) -> dict:
-        if table is None or "level" not in table:
-            return {"randomized": np.nan}
-        part = table[(table["variant"] == variant) & (table["level"] == table["level"].max())]
-        return {"randomized": part["rank_correlation"].mean()}
-
-    return of
-
-
-def normalised(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns curve, fraction, score: of one network and variant; means over images, from 0 (baseline) to 1 (image)."""
-    means = table.groupby(["curve", "fraction"], sort=False)["score"].mean()
-    empty, full = means["deletion", 1.0], means["deletion", 0.0]
-    return ((means - empty) / (full - empty)).reset_index()
-
-
-def over_networks(tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
-    """For the figure: kind, label (variant), fraction, score (mean over networks), low, high (their middle 90 %)."""
-    frames = [
-        normalised(part).assign(label=variant)
-        for found in tables.values()
-        for variant, part in found["curves"].groupby("variant", sort=False)
-    ]
-    grouped = pd.concat(frames).groupby(["curve", "label", "fraction"], sort=False)["score"]
-    table = pd.DataFrame({"score": grouped.mean(), "low": grouped.quantile(0.05), "high": grouped.quantile(0.95)})
-    return table.reset_index().rename(columns={"curve": "kind"})

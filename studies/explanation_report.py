@@ -17,26 +17,27 @@ from torch import Tensor
 
 import visualization
 from explanations import clusters, figures, pictures
-from studies import explanation_checks, explanation_tables, explanation_work
-from studies.explaining import GRAD_CAM, Way, titled
+from studies import explanation_joined, explanation_tables, explanation_verdicts, explanation_work
+from studies.explained_images import true_masks
 from studies.explanation_tables import Kept
+from studies.explanation_ways import GRAD_CAM, Way, titled
 from studies.explanation_words import page
 from studies.explanation_work import Job, first_of_each_label
 from studies.subjects import Subject
 from utils import InputError, write_table, write_text
 
-MAPPED = "cosine"  # the similarity whose heat maps are drawn; the others are in similarity.csv
+MORE = "maps"  # folder of the heat maps that the page does not show
 SHOWN_IMAGES, SHOWN_NETWORKS = 2, 9
 
 
-def write(config, subjects: Sequence[Subject], job: Job, folder: Path) -> None:
-    """Tables, figures and summary.md of what was made."""
+def write(config, subjects: Sequence[Subject], job: Job, folder: Path, unasked: Mapping[str, str]) -> None:
+    """Tables, figures and summary.md of what was made; unasked : network -> why it could be asked nothing."""
     kept = explanation_tables.all_kept(subjects, job, folder)
     tables = tables_of(config, subjects, job, kept, folder)
     for name, table in tables.items():
         write_table(table, folder / f"{name}.csv")
     drawn = draw(config, subjects, job, kept, tables, folder)
-    write_text(folder / "summary.md", page(config, subjects, job, tables, drawn))
+    write_text(folder / "summary.md", page(config, subjects, job, tables, drawn, unasked))
     print(f"{len(tables['explanations'])} sets of explanations, {tables['explanations']['explanations'].sum()} in all.")
 
 
@@ -48,18 +49,19 @@ def tables_of(config, subjects: Sequence[Subject], job: Job, kept: Kept, folder:
     checks = {name: found for name, found in checks.items() if found is not None}
     if not checks:
         raise InputError(f"no network could be explained by any method: {_reasons(kept)}")
-    verdicts = explanation_tables.with_accuracy(explanation_checks.verdicts(checks, labels), job, kept)
+    made = {network: explanation_tables.by_variant(job, kept[network]) for network in checks}
+    verdicts = explanation_verdicts.verdicts(checks, labels, made)
     similarity = explanation_tables.similarities(config, subjects, job, kept, verdicts)
-    points, joined = explanation_tables.joined(config, subjects, job, kept, folder)
+    points, joined = explanation_joined.joined(config, subjects, job, kept, folder)
     found = {
         "networks": explanation_tables.network_table(subjects, job, folder),
         "explanations": explanation_tables.inventory(subjects, job, kept, verdicts),
         "faithfulness": verdicts,
-        "curves": explanation_checks.over_networks(checks),
-        "randomization": explanation_tables.randomized(checks, labels),
-        "cover": explanation_tables.covered(checks, labels),
+        "curves": explanation_verdicts.over_networks(checks),
+        "randomization": explanation_verdicts.randomized(checks, labels),
+        "cover": explanation_verdicts.covered(checks, labels, config.seed, config.resamples),
         "similarity": similarity,
-        "kinds": explanation_tables.kinds(similarity),
+        "kinds": explanation_tables.kinds(similarity, labels),
         "clusters": explanation_tables.groups(config, subjects, similarity),
         "in_mask": explanation_tables.inside_masks(config, subjects, job, kept, verdicts),
         "joined": joined,
@@ -79,9 +81,10 @@ def draw(config, subjects, job: Job, kept: Kept, tables: Mapping[str, pd.DataFra
     networks = tables["networks"]
     count = f"{networks['label'].nunique()} networks, {len(networks)} with their seeds"
     made = _heat_maps(tables, count, about)
-    if (tables["clusters"]["clustering"] == clusters.LOUVAIN).any():
+    table = tables["clusters"]
+    if (table["ari"].notna() & (table["clustering"] == clusters.LOUVAIN) & (table["among"] == "all")).any():
         caption = f"Louvain communities of {count}; labels: CNN, transformer, hybrid, seeds of a network together."
-        named = tables["clusters"].assign(method=tables["clusters"]["method"].map(titled))
+        named = table[table["among"] == "all"].assign(method=table["method"].map(titled))
         made["ari"] = figures.ari_by_resolution(named, caption=caption, **about)
     made["faithfulness"] = _curves(job, tables, count, about)
     if "joined" in tables:
@@ -89,24 +92,26 @@ def draw(config, subjects, job: Job, kept: Kept, tables: Mapping[str, pd.DataFra
     for name, figure in made.items():
         visualization.save(figure, folder / f"{name}.png")
     shown = write_pictures(config, subjects, job, kept, folder)
-    return [*made, *(shown if config.is_synthetic else [])]
+    return [*(name for name in made if "/" not in name), *(shown if config.is_synthetic else [])]
 
 
 def _heat_maps(tables: Mapping[str, pd.DataFrame], count: str, about: dict) -> dict[str, Figure]:
-    """map_METHOD of every method whose pairs all have a number."""
+    """One of every method and similarity, without networks that have no value; those of the first one are shown."""
     networks, made = tables["networks"], {}
-    table = tables["similarity"][tables["similarity"]["similarity"] == MAPPED]
-    for method, part in table.groupby("method", sort=False):
-        if not np.isfinite(part["mean"]).all():
+    headline = tables["similarity"]["similarity"].iloc[0]
+    for (method, similarity), part in tables["similarity"].groupby(["method", "similarity"], sort=False):
+        part = explanation_tables.without_missing(part)
+        if part.empty:
             continue
-        caption = f"Mean over {part['n'].min()} images of the cosine of two networks' maps; {count}; tree: average "
+        caption = f"Mean {similarity} of two networks' maps over {part['n'].min()} images; {count}; tree: average "
         caption += "linkage of √((1 − mean)² + variance)."
-        made[f"map_{_file(method)}"] = figures.similarity_map(
+        name = f"map_{_file(method)}" if similarity == headline else f"{MORE}/{_file(method)}_{similarity}"
+        made[name] = figures.similarity_map(
             clusters.square(part, "mean", diagonal=1),
             clusters.square(part, "dissimilarity", diagonal=0),
             dict(zip(networks["network"], networks["family"])),
             title=f"Which networks explain alike? {titled(method)}",
-            label="mean cosine of the maps",
+            label=f"mean {similarity} of the maps",
             caption=caption,
             **about,
         )
@@ -148,7 +153,7 @@ def write_pictures(config, subjects: Sequence[Subject], job: Job, kept: Kept, fo
     made = {}
     for row, image in enumerate(images.ids):
         maps = {subject.label: _of_image(kept[subject.name], job, row, size) for subject in firsts}
-        mask = None if images.masks is None else (images.masks[row, 0] > 0).numpy()
+        mask = None if images.masks is None else true_masks(images, job.label)[row, 0].numpy()
         text = {"caption": f"Image {image}.", "synthetic": config.is_synthetic}
         made[f"grid_{row + 1}"] = pictures.explanation_grid(images.pixels[row].numpy(), maps, mask=mask, **text)
     for way in [way for way in job.ways if way.method == GRAD_CAM][:1]:

@@ -7,32 +7,31 @@ is made or drawn here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student
 from torch import Tensor
 
 from explanations import agreement, clusters, masks
 from loss_metrics import image_metrics
-from similarity import per_image
-from similarity.calibration import matched_depth_pairs
 from similarity.factors import holm
+from similarity.nulls import benjamini_hochberg
 from studies import explanation_work
 from studies.explained_images import true_masks
 from studies.explaining import Made
-from studies.explanation_checks import ALPHA
-from studies.explanation_work import Job, first_of_each_label
+from studies.explanation_verdicts import ALPHA
+from studies.explanation_work import Job
 from studies.subjects import SEGMENTATION, Subject, twins
 from utils import InputError
 
 OTHER_SEED, SAME, DIFFERENT = "same network, other seed", "same family", "different family"
-MOST = 0.5  # of what is attributed
-GAP, SAMPLING = "misses more than half of what it should sum to", "sampling error above half of the values"
-CORRELATED = [f"{part}{end}" for part in ("", "partial_") for end in ("low", "high", "p")] + ["spearman", "partial"]
+FEWEST_LABELS = 3  # of a jackknife
+RESOLUTIONS = (0.5, 0.75, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.25, 1.5, 2.0)  # even weights part near 1
 Kept = dict[str, dict[str, Made]]  # network -> way -> what it gave
 
 
@@ -45,8 +44,13 @@ def all_kept(subjects: Sequence[Subject], job: Job, folder: Path) -> Kept:
     }
 
 
+def by_variant(job: Job, made: Mapping[str, Made]) -> dict[str, Made]:
+    """variant -> what its way gave of one network."""
+    return {variant: made[way] for way, variant in variants_of(job)}
+
+
 def inventory(subjects: Sequence[Subject], job: Job, kept: Kept, checks: pd.DataFrame) -> pd.DataFrame:
-    """One row a network and variant: how many explanations, seconds, what axiom is missed by, why none, what failed.
+    """One row a network and variant: how many explanations, how long one takes, why there is none, what failed.
 
     milliseconds : of one explanation (Grad-CAM's share of a pass that serves all depths)
     """
@@ -60,40 +64,11 @@ def inventory(subjects: Sequence[Subject], job: Job, kept: Kept, checks: pd.Data
             row |= {"settings": _words(made.settings.get(variant, {}))}
             row["milliseconds"] = 1000 * made.seconds / count / len(way.variants) if count else np.nan
             rows.append(row)
-    beside = checks[["network", "variant", "gap", "sampling_error", "failed"]]
-    return pd.DataFrame(rows).merge(beside, on=["network", "variant"], how="left")
-
-
-def with_accuracy(checks: pd.DataFrame, job: Job, kept: Kept) -> pd.DataFrame:
-    """Verdicts with two further columns, and `failed` also where one of them is above one half.
-
-    gap : median over images of |what the map sums to less the change of the target| / |that change|; NaN where no axiom
-        is promised
-    sampling_error : of KernelSHAP, median over images of its values' standard errors / the values (norms)
-    """
-    way_of = {variant: way for way, variant in variants_of(job)}
-    made = [kept[row.network][way_of[row.variant]] for row in checks.itertuples()]
-    gaps = [_gap(each, variant) for each, variant in zip(made, checks["variant"])]
-    errors = [
-        float(each.errors[v].quantile(0.5)) if v in each.errors else np.nan for each, v in zip(made, checks["variant"])
-    ]
-    failed = [
-        "; ".join(filter(None, [before, GAP * (gap > MOST), SAMPLING * (error > MOST)]))
-        for before, gap, error in zip(checks["failed"], gaps, errors)
-    ]
-    return checks.assign(gap=gaps, sampling_error=errors, failed=failed)
+    return pd.DataFrame(rows).merge(checks[["network", "variant", "failed"]], on=["network", "variant"], how="left")
 
 
 def _words(settings: Mapping) -> str:
     return "; ".join(f"{name} {value}" for name, value in settings.items())
-
-
-def _gap(made: Made, variant: str) -> float:
-    if variant not in made.gaps:
-        return np.nan
-    gap = made.gaps[variant].double()
-    change = made.maps[variant].double().sum((1, 2)) - gap
-    return float((gap.abs() / change.abs()).quantile(0.5))
 
 
 # ------------------------------------------------------------------------------------------------------------- compared
@@ -119,7 +94,7 @@ def variants_of(job: Job) -> Iterator[tuple[str, str]]:
 
 
 def similarities(config, subjects: Sequence[Subject], job: Job, kept: Kept, checks: pd.DataFrame) -> pd.DataFrame:
-    """`agreement.compare` of every variant, with the kind of each pair, p corrected for the pairs, and what failed."""
+    """`agreement.compare` of every variant, with the kind of each pair, q over all pairs, and what failed."""
     frames, facts = [], {subject.name: subject for subject in subjects}
     for way, variant in variants_of(job):
         maps = maps_of(kept, way, variant, config.compared_at)
@@ -141,7 +116,7 @@ def similarities(config, subjects: Sequence[Subject], job: Job, kept: Kept, chec
         raise InputError("no method gave maps of two networks, so there is nothing to compare; see explanations/")
     table = pd.concat(frames, ignore_index=True)
     table["kind"] = [_kind(facts[a], facts[b]) for a, b in zip(table["model_a"], table["model_b"])]
-    table["p_holm"] = table.groupby(["method", "similarity"])["p"].transform(lambda p: holm(p.to_numpy()))
+    table["q"] = table.groupby(["method", "similarity"])["p"].transform(lambda p: benjamini_hochberg(p.to_numpy()))
     return with_failures(table, checks)
 
 
@@ -161,21 +136,31 @@ def _kind(a: Subject, b: Subject) -> str:
     return OTHER_SEED if a.label == b.label else SAME if a.family == b.family else DIFFERENT
 
 
-def kinds(table: pd.DataFrame) -> pd.DataFrame:
+def kinds(table: pd.DataFrame, labels: Mapping[str, str]) -> pd.DataFrame:
     """Means over pairs of networks by kind: method, similarity, kind, pairs, mean, null_mean, u, above_null, failed.
 
     u : Σ (mean − null_mean) / Σ (ceiling − null_mean) over the pairs that have a ceiling: a ratio of means, since a
-    single pair's ceiling may lie next to its null; NaN where the ceilings are not above. above_null : share of the
-    pairs whose p, corrected for the pairs (Holm), is below 0.05; failed : share of the pairs with a network on which
-    the method fails
+        single pair's ceiling may lie next to its null; NaN where the ceilings are not above
+    mean_low, mean_high, u_low, u_high : 95 %, Student's t of the jackknife that leaves out one label at a time with all
+        its pairs (pairs share networks, so they are no independent values); NaN with fewer than three labels
+    above_null : share of the pairs whose q (Benjamini-Hochberg over all pairs) is below 0.05; failed : share of the
+        pairs with a network on which the method fails
     """
-    grouped = table.groupby(["method", "similarity", "kind"], sort=False)
-    found = grouped[["mean", "null_mean"]].mean()
-    found["pairs"] = grouped.size()
-    found["u"] = grouped.apply(_position)
-    found["above_null"] = grouped["p_holm"].agg(lambda p: (p < ALPHA).mean())
-    found["failed"] = grouped["failed"].agg(lambda words: (words != "").mean())
-    return found.reset_index()
+    rows = []
+    for (method, similarity, kind), part in table.groupby(["method", "similarity", "kind"], sort=False):
+        ends = part[["model_a", "model_b"]].map(labels.get)
+        row = {"method": method, "similarity": similarity, "kind": kind, "pairs": len(part)}
+        row |= {"null_mean": part["null_mean"].mean(), "above_null": (part["q"] < ALPHA).mean()}
+        row |= {"failed": (part["failed"] != "").mean()}
+        for name, statistic in (("mean", _mean), ("u", _position)):
+            row[name] = statistic(part)
+            row[f"{name}_low"], row[f"{name}_high"] = _over_labels(statistic, part, ends)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _mean(pairs: pd.DataFrame) -> float:
+    return pairs["mean"].mean()
 
 
 def _position(pairs: pd.DataFrame) -> float:
@@ -184,11 +169,68 @@ def _position(pairs: pd.DataFrame) -> float:
     return (there["mean"] - there["null_mean"]).sum() / room if room > 0 else np.nan
 
 
+def _over_labels(statistic: Callable, pairs: pd.DataFrame, ends: pd.DataFrame) -> tuple[float, float]:
+    """Delete-one jackknife over labels."""
+    names = list(pd.unique(ends.to_numpy().ravel()))
+    without = np.array([statistic(pairs[~(ends == name).any(axis=1)]) for name in names])
+    count = len(names)
+    if count < FEWEST_LABELS or not np.isfinite(without).all():
+        return np.nan, np.nan
+    error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
+    reach = error * student.ppf(0.975, count - 1)
+    return statistic(pairs) - reach, statistic(pairs) + reach
+
+
+# -------------------------------------------------------------------------------------------------------------- grouped
+
+
 def groups(config, subjects: Sequence[Subject], table: pd.DataFrame) -> pd.DataFrame:
-    """`clusters.cluster_table` with the families as labels, seeds of a label kept together."""
+    """`clusters.cluster_table` with the families as labels, seeds of a label kept together.
+
+    among : 'all' networks, or only those on which the method does not 'fail'; left_out : networks without a value,
+    which can be in no group; p_holm : of the Mantel tests, corrected for the methods (Holm)
+    """
+    frames = []
+    for among, rows in (("all", table), ("faithful", _without_failing(table))):
+        for _, part in rows.groupby(["method", "similarity"], sort=False):
+            left = without_missing(part)
+            if left["model_a"].nunique() < 2:
+                continue
+            absent = sorted(_models(part) - _models(left))
+            found = _grouped(config, subjects, left)
+            frames.append(found.assign(among=among, left_out=", ".join(absent)))
+    found = pd.concat(frames, ignore_index=True)
+    tests = found["clustering"] == clusters.MANTEL
+    by_similarity = found[tests].groupby(["among", "similarity"])["p"]
+    return found.assign(p_holm=by_similarity.transform(lambda p: holm(p.to_numpy())))
+
+
+def _grouped(config, subjects: Sequence[Subject], pairs: pd.DataFrame) -> pd.DataFrame:
     families = {subject.name: subject.family for subject in subjects}
     labels = {subject.name: subject.label for subject in subjects}
-    return clusters.cluster_table(table, families, architectures=labels, shift=True, seed=config.seed)
+    shift = bool((pairs["mean"] < 0).any())  # Louvain knows no negative weights
+    settings = {"architectures": labels, "resolutions": RESOLUTIONS, "shift": shift, "seed": config.seed}
+    return clusters.cluster_table(pairs, families, **settings)
+
+
+def _models(pairs: pd.DataFrame) -> set[str]:
+    return {*pairs["model_a"], *pairs["model_b"]}
+
+
+def _without_failing(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["failed"] == ""]
+
+
+def without_missing(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Without the networks that have no value with others, those with most such pairs first."""
+    while pairs["mean"].isna().any():
+        missing = pairs[pairs["mean"].isna()]
+        worst = pd.concat([missing["model_a"], missing["model_b"]]).value_counts().index[0]
+        pairs = pairs[(pairs["model_a"] != worst) & (pairs["model_b"] != worst)]
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------------------- beside masks
 
 
 def inside_masks(config, subjects: Sequence[Subject], job: Job, kept: Kept, checks: pd.DataFrame) -> pd.DataFrame:
@@ -217,126 +259,7 @@ def _size(subject: Subject) -> int:
     return subject.image_size
 
 
-# --------------------------------------------------------------------------------------------------------------- joined
-
-
-def joined(
-    config, subjects: Sequence[Subject], job: Job, kept: Kept, folder: Path
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(points, correlations): per image, does explanation agreement follow other agreement of the same networks?
-
-    Means over pairs of labels' first seeds: those of different families, or all where there is one family. points :
-    method, other, id, x, y, pairs; correlations : `masks.follows_per_image` of each method.
-    """
-    firsts = first_of_each_label(subjects)
-    pairs = [(a, b) for a, b in itertools.combinations(firsts, 2) if a.family != b.family]
-    pairs = pairs or list(itertools.combinations(firsts, 2))
-    if not pairs:  # seeds of one network
-        return pd.DataFrame(), pd.DataFrame()
-    others = _other_agreements(pairs, job, folder)
-    area = _areas(subjects, job)
-    points, found = [], []
-    for way, variant in variants_of(job):
-        maps = maps_of({s.name: kept[s.name] for s in firsts}, way, variant, config.compared_at)
-        usable = [(a.name, b.name) for a, b in pairs if a.name in maps and b.name in maps]
-        if not usable:
-            continue
-        own = _explained_alike(maps, usable)
-        known = {name: values.reindex(own.index) for name, values in others.items()}
-        given = {"area": None if area is None else area.reindex(own.index), "resamples": config.resamples}
-        rows = [_followed(own, name, values, config.seed, given) for name, values in known.items()]
-        found.append(pd.concat(rows).assign(method=variant))
-        for name, values in known.items():
-            frame = pd.DataFrame({"method": variant, "other": name, "id": own.index, "x": values, "y": own})
-            points.append(frame.assign(pairs=len(usable)))
-    if not found:
-        return pd.DataFrame(), pd.DataFrame()
-    return pd.concat(points, ignore_index=True), pd.concat(found, ignore_index=True)
-
-
-def _followed(own: pd.Series, name: str, values: pd.Series, seed: int, given: Mapping) -> pd.DataFrame:
-    """A row of `masks.follows_per_image`; of too few images one without numbers, and why."""
-    try:
-        return masks.follows_per_image(own, {name: values}, seed=seed, **given)
-    except InputError as error:
-        there = (own.notna() & values.notna()).sum()
-        row = {"other": name, "n": there, "left_out": len(own) - there, "reason": str(error)}
-        return pd.DataFrame([row | dict.fromkeys(CORRELATED, np.nan)])
-
-
-def _explained_alike(maps: Mapping, pairs: Sequence[tuple[str, str]]) -> pd.Series:
-    """id -> mean cosine over the pairs that have one."""
-    table = agreement.per_image(maps, ["cosine"])
-    wanted = {frozenset(pair) for pair in pairs}
-    there = [frozenset(pair) in wanted for pair in zip(table["model_a"], table["model_b"])]
-    return table[there].groupby("id", sort=False)["value"].mean()
-
-
-def _other_agreements(pairs: Sequence[tuple[Subject, Subject]], job: Job, folder: Path) -> dict[str, pd.Series]:
-    """name -> id -> agreement: of representations by part, and of masks or probabilities."""
-    recordings = {s.name: explanation_work.recording(s, job, folder) for pair in pairs for s in pair}
-    answers = {s.name: explanation_work.predictions(s, job, folder) for pair in pairs for s in pair}
-    parts = dict.fromkeys(site.part for each in recordings.values() for site in each.sites)
-    found = {}
-    for part in parts:
-        own = {
-            name: each.select(part=part)
-            for name, each in recordings.items()
-            if any(site.part == part for site in each.sites)
-        }
-        each = [_represented_alike(own[a.name], own[b.name]) for a, b in pairs if a.name in own and b.name in own]
-        if each:
-            found[f"agreement of {part} representations"] = pd.concat(each, axis=1).mean(axis=1)
-    name = "Dice between the masks" if pairs[0][0].kind == SEGMENTATION else "1 − difference in the class's probability"
-    each = [_answered_alike(answers[a.name], answers[b.name], a.kind) for a, b in pairs]
-    return found | {name: pd.concat(each, axis=1).mean(axis=1)}
-
-
-def _represented_alike(A, B) -> pd.Series:
-    return per_image.mean_agreement(A, B, matched_depth_pairs(A, B)).set_index("id")["agreement"]
-
-
-def _answered_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor], kind: str) -> pd.Series:
-    names = list(a)
-    one, other = (torch.stack([answers[name] for name in names]) for answers in (a, b))
-    if kind == SEGMENTATION:
-        return pd.Series(image_metrics(one, other)["dice"], names)
-    return pd.Series((1 - (one[:, 0] - other[:, 0]).abs()).double().numpy(), names)
-
-
-def _areas(subjects: Sequence[Subject], job: Job) -> pd.Series | None:
-    images = job.chosen.at(max(map(_size, subjects)))
-    if images.masks is None:
-        return None
-    return pd.Series(true_masks(images, job.label).double().mean((1, 2, 3)).numpy(), list(images.ids))
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-
-
-def covered(tables: Mapping[str, Mapping[str, pd.DataFrame]], labels: Mapping[str, str]) -> pd.DataFrame:
-    """What covering the object changes: network, label, variant, n, answer before and after, map's rank correlation."""
-    rows = []
-    for name, found in tables.items():
-        if "cover" not in found:
-            continue
-        for variant, part in found["cover"].groupby("variant", sort=False):
-            row = {"network": name, "label": labels[name], "variant": variant, "n": len(part)}
-            columns = ["score", "score_covered", "answer", "answer_covered", "rank_correlation"]
-            rows.append(row | part.reindex(columns=columns).mean().to_dict() | {"covered": part["covered"].iloc[0]})
-    return pd.DataFrame(rows)
-
-
-def randomized(tables: Mapping[str, Mapping[str, pd.DataFrame]], labels: Mapping[str, str]) -> pd.DataFrame:
-    """Rank correlation with the maps of the intact network, by level: network, variant, level, randomized, n, means."""
-    frames = []
-    for name, found in tables.items():
-        if "randomization" in found and "level" in found["randomization"]:
-            grouped = found["randomization"].dropna(subset=["level"]).groupby(["variant", "level"], sort=False)
-            means = grouped[["randomized", "rank_correlation", "rank_correlation_absolute"]].mean()
-            means["n"] = grouped["rank_correlation"].count()
-            frames.append(means.reset_index().assign(network=name, label=labels[name]))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+# ------------------------------------------------------------------------------------------------------------ networks
 
 
 def network_table(subjects: Sequence[Subject], job: Job, folder: Path) -> pd.DataFrame:

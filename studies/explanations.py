@@ -17,14 +17,16 @@ from typing import Any
 import joblib
 import torch
 
+from classification.photos import photo_set
 from explanations.agreement import FRACTION, SIGMA, SIMILARITIES
 from explanations.targets import WHICH
-from sources import ImageSource
+from sources import ImageSource, open_datasets
 from studies import architectures, explanation_report, explanation_work
 from studies.classifiers import ClassifiersConfig, photo_folder
 from studies.explained_images import Chosen, choose
-from studies.explaining import refuse_one_folder, ways_of
-from studies.explanation_checks import ALPHA, Checks
+from studies.explanation_checks import Checks
+from studies.explanation_verdicts import ALPHA
+from studies.explanation_ways import refuse_one_folder, ways_of
 from studies.explanation_work import Job
 from studies.subjects import SEGMENTATION, Subject, settings_in, subjects_of
 from utils import (
@@ -103,7 +105,8 @@ class ExplanationsConfig(ImageSource):
     device: str = "auto"
 
 
-# Settings that change what is made of the maps and not the maps; more networks may join a folder, too.
+# Settings that change which maps are asked for or what is made of them, and not a map: a map's own settings are in the
+# name of its file, so that a folder may be asked for more.
 OF_THE_REPORT = ("networks", "pretrained", "leave_out", "compared_at", "similarities", "sigma", "top")
 OF_THE_REPORT += ("permutations", "resamples", "jobs", "batch_size", "methods", "check_images", "few_images", "levels")
 OF_THE_REPORT += ("check_cells", "cover")
@@ -117,17 +120,32 @@ def run(config: ExplanationsConfig) -> Path:
     if not config.networks and not config.pretrained:
         config = dataclasses.replace(config, networks={str(train_first(config)): []})
     subjects = subjects_of(config.networks, config.pretrained, config.leave_out)
-    refuse_one_folder("networks", [subject.name for subject in subjects])
-    ways, checks = ways_of(config.methods, config.images), checks_of(config, subjects)
-    chosen = choose_images(config, subjects)
-    folder = open_folder(config, chosen)
-    job = Job(chosen, ways, checks, config.mask, config.label, config.batch_size, config.seed, config.device)
-    if config.mask == "predicted" and subjects[0].kind == SEGMENTATION:
-        job = without_empty(job, subjects, folder)
+    check_subjects(config, subjects)
+    source = images_of(config, subjects)
+    pool = choose_images(config, source, subjects)
+    folder = open_folder(config, pool)
+    job = job_of(config, subjects, pool, folder)
     print(explanation_work.estimate(subjects, job, folder), f"Results: {folder}", flush=True)
-    explain_all(subjects, job, folder, config.jobs)
-    explanation_report.write(config, subjects, job, folder)
+    unasked = explain_all(subjects, job, folder, config.jobs)
+    left = [subject for subject in subjects if subject.name not in unasked]
+    if len(left) < 2:
+        raise InputError(f"only {len(left)} networks can be asked: {'; '.join(map(': '.join, unasked.items()))}")
+    explanation_report.write(config, left, job, folder, unasked)
     return folder
+
+
+def job_of(config: ExplanationsConfig, subjects: list[Subject], pool: Chosen, folder: Path) -> Job:
+    """What is asked of every network, about the first images of the pool."""
+    checks = Checks(config.check_images, config.few_images, config.check_cells, config.levels, config.cover)
+    ways = ways_of(config.methods, config.images)
+    job = Job(pool, ways, checks, config.mask, config.label, config.batch_size, config.seed, config.device)
+    left = without_empty(job, subjects, folder) if config.mask == "predicted" else pool
+    if len(left.ids) < config.images:
+        raise InputError(
+            f"images: {config.images} were asked for, and {len(left.ids)} can be explained"
+            f"{' (in the others some network outlines nothing)' if config.mask == 'predicted' else ''}; lower it"
+        )
+    return dataclasses.replace(job, chosen=left.first(config.images))
 
 
 def settle(config: ExplanationsConfig) -> ExplanationsConfig:
@@ -138,10 +156,8 @@ def settle(config: ExplanationsConfig) -> ExplanationsConfig:
 
 def check_settings(config: ExplanationsConfig) -> None:
     """Refuse what cannot be, before anything long."""
-    for name in ("images", "compared_at", "permutations", "resamples", "check_images", "check_cells", "few_images"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
-    for name in ("levels", "batch_size", "jobs"):
+    counts = ("images", "compared_at", "permutations", "resamples", "check_images", "check_cells", "few_images")
+    for name in (*counts, "levels", "batch_size", "jobs"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
     for name in config.similarities:
@@ -161,7 +177,9 @@ def check_settings(config: ExplanationsConfig) -> None:
         raise InputError(f"top {config.top} of {config.compared_at} × {config.compared_at} cells marks {marked}")
     if 0.5**config.check_images >= ALPHA:  # the smallest p of a signed-rank test
         raise InputError(f"check_images {config.check_images}: no method can beat random maps at p < {ALPHA}; give 5")
-    ways_of(config.methods, config.images)
+    few = [way.name for way in ways_of(config.methods, config.images) if 0.5**way.images >= ALPHA]
+    if few:
+        raise InputError(f"methods, {few[0]!r}: with so few images nothing can be shown of it; give at least 5")
     resolve_device(config.device)
 
 
@@ -175,13 +193,43 @@ def train_first(config: ExplanationsConfig) -> Path:
     return architectures.run(dataclasses.replace(settings, device=config.device))
 
 
-def checks_of(config: ExplanationsConfig, subjects: list[Subject]) -> Checks:
-    if config.cover != "centre" and subjects[0].kind != SEGMENTATION and not config.is_synthetic:
-        raise InputError(f"cover {config.cover!r} needs masks, and photographs have none; use cover centre")
+def check_subjects(config: ExplanationsConfig, subjects: list[Subject]) -> None:
+    """Refuse settings that do not fit what the networks do."""
+    refuse_one_folder("networks", [subject.name for subject in subjects])
     smallest = min(subject.image_size for subject in subjects)
     if config.check_cells > smallest:
         raise InputError(f"check_cells {config.check_cells} a side do not fit images of {smallest} px; lower it")
-    return Checks(config.check_images, config.few_images, config.check_cells, config.levels, config.cover)
+    if subjects[0].kind == SEGMENTATION:
+        if config.label is not None and not 0 <= config.label < config.num_classes:
+            raise InputError(f"label {config.label} is none of the classes 0 to {config.num_classes - 1}")
+        return
+    if config.cover != "centre" and not config.is_synthetic:
+        raise InputError(f"cover {config.cover!r} needs masks, and photographs have none; use cover centre")
+    if config.mask != "true" or config.label is not None:
+        raise InputError("mask and label are of segmentation networks; these classify: leave both out")
+
+
+def images_of(config: ExplanationsConfig, subjects: list[Subject]) -> ImageSource:
+    """Where the images are, after refusing networks that were trained on others, or on these."""
+    if subjects[0].kind == SEGMENTATION:
+        (check_drawn_images if config.is_synthetic else check_same_images)(config, subjects)
+        return config
+    if config.is_synthetic:  # what the classifiers were trained on, drawn again
+        return dataclasses.replace(config, data=str(photo_folder(drawn_for(config))))
+    return config
+
+
+def check_same_images(config: ExplanationsConfig, subjects: list[Subject]) -> None:
+    """Refuse networks whose study had other test images, or saw them otherwise: these may be among their training."""
+    for folder in dict.fromkeys(subject.source for subject in subjects):
+        size = settings_in(folder)["image_size"]
+        found = open_datasets(dataclasses.replace(config, image_size=size), needed=("test",))["test"].fingerprint
+        known = json.loads((folder / "data.json").read_text(encoding="utf-8"))["test"]["hash"]
+        if found != known:
+            raise InputError(
+                f"the test images of {config.data} are not those of {folder} (at {size} px: hash {found}, there "
+                f"{known}); give the data, layout, blur and interpolation that its networks were trained with"
+            )
 
 
 def check_drawn_images(config: ExplanationsConfig, subjects: list[Subject]) -> None:
@@ -208,18 +256,27 @@ def drawn_for(config: ExplanationsConfig) -> ClassifiersConfig:
     return ClassifiersConfig(**settings_in(Path(next(iter(config.networks)))))
 
 
-def choose_images(config: ExplanationsConfig, subjects: list[Subject]) -> Chosen:
+def choose_images(config: ExplanationsConfig, source: ImageSource, subjects: list[Subject]) -> Chosen:
+    """The images in the order in which they are explained; more than are needed where some may have to be left out."""
     sizes = sorted({subject.image_size for subject in subjects})
-    source = config
-    if config.is_synthetic and subjects[0].kind == SEGMENTATION:
-        check_drawn_images(config, subjects)
-    if config.is_synthetic and subjects[0].kind != SEGMENTATION:  # what the classifiers were trained on, drawn again
-        own = drawn_for(config)
-        source = dataclasses.replace(config, data=str(photo_folder(own)))
-    chosen = choose(source, subjects[0].kind, config.images, sizes, label=config.label, seed=config.seed)
-    if len(chosen.ids) < config.images:
-        raise InputError(f"images: {config.images} were asked for, and {len(chosen.ids)} can be explained; lower it")
+    count = None if config.mask == "predicted" else config.images
+    chosen = choose(source, subjects[0].kind, count, sizes, label=config.label, seed=config.seed)
+    for subject in {subject.source: subject for subject in subjects if subject.kind != SEGMENTATION}.values():
+        seen = set(chosen.ids) & trained_on(subject)
+        if seen:
+            raise InputError(
+                f"{len(seen)} of the photographs were trained on by the networks of {subject.source}, first "
+                f"{min(seen)!r}; explain others"
+            )
     return chosen
+
+
+def trained_on(subject: Subject) -> set[str]:
+    """Ids of the photographs that a classifier was trained on, where they are still there to be asked."""
+    if subject.source is None:
+        return set()
+    folder = photo_folder(ClassifiersConfig(**settings_in(subject.source)))
+    return set(photo_set(folder, "train").ids) if (folder / "train").is_dir() else set()
 
 
 def open_folder(config: ExplanationsConfig, chosen: Chosen) -> Path:
@@ -234,28 +291,20 @@ def open_folder(config: ExplanationsConfig, chosen: Chosen) -> Path:
     return folder
 
 
-def without_empty(job: Job, subjects: list[Subject], folder: Path) -> Job:
-    """Leave out the images in which some network outlines nothing: there would be nothing to sum."""
+def without_empty(job: Job, subjects: list[Subject], folder: Path) -> Chosen:
+    """The pool without the images in which some network outlines nothing: there would be nothing to sum."""
     empty = explanation_work.empty_predictions(subjects, job, folder)
-    left = job.chosen.without(sorted({name for names in empty.values() for name in names}))
-    if len(left.ids) < max(way.images for way in job.ways):
-        worst = max(empty, key=lambda name: len(empty[name]))
-        raise InputError(
-            f"mask predicted: {len(job.chosen.ids) - len(left.ids)} of {len(job.chosen.ids)} images have an empty "
-            f"predicted mask in some network (most, {len(empty[worst])}, in {worst}), and {len(left.ids)} are left for "
-            f"methods that ask for {max(way.images for way in job.ways)}; lower `images` in methods, leave that "
-            "network out, or use mask true"
-        )
-    return dataclasses.replace(job, chosen=left)
+    return job.chosen.without(sorted({name for names in empty.values() for name in names}))
 
 
-def explain_all(subjects: list[Subject], job: Job, folder: Path, jobs: int) -> None:
-    """All that is asked of each network; what is finished is not made again."""
+def explain_all(subjects: list[Subject], job: Job, folder: Path, jobs: int) -> dict[str, str]:
+    """All that is asked of each network; what is finished is not made again. {network: why it can be asked nothing}."""
     again = explanation_work.first_of_each_label(subjects)
     if jobs == 1:
-        for subject in progress(subjects, desc="explanations", unit="network"):
-            explanation_work.work(subject, job, folder, subject in again)
-        return
-    tasks = (joblib.delayed(explanation_work.work)(subject, job, folder, subject in again) for subject in subjects)
-    with joblib.parallel_config("loky", inner_max_num_threads=max(1, torch.get_num_threads() // jobs)):
-        joblib.Parallel(n_jobs=jobs, verbose=0)(tasks)
+        bar = progress(subjects, desc="explanations", unit="network")
+        reasons = [explanation_work.work(subject, job, folder, subject in again) for subject in bar]
+    else:
+        tasks = (joblib.delayed(explanation_work.work)(each, job, folder, each in again) for each in subjects)
+        with joblib.parallel_config("loky", inner_max_num_threads=max(1, torch.get_num_threads() // jobs)):
+            reasons = joblib.Parallel(n_jobs=jobs)(tasks)
+    return {subject.name: why for subject, why in zip(subjects, reasons) if why}

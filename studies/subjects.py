@@ -7,6 +7,7 @@ networks is elsewhere.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -42,6 +43,8 @@ class Subject:
     kind : 'segmentation' or 'classification'
     image_size : side of the square images that it was trained on
     folder : its checkpoint; None when `spec` says how to build it
+    classes : of a classifier trained here, in the order of its answers; () of one of ImageNet's
+    source : the results folder that it is from
     """
 
     label: str
@@ -51,6 +54,8 @@ class Subject:
     image_size: int
     folder: Path | None = None
     spec: ClassifierSpec | None = None
+    classes: tuple[str, ...] = ()
+    source: Path | None = None
 
     @property
     def name(self) -> str:
@@ -105,7 +110,7 @@ def networks_in(folder: Path) -> list[Subject]:
         if (folder / place).is_dir():
             found = find(folder)
             if found:
-                return found
+                return [dataclasses.replace(subject, source=folder) for subject in found]
     raise InputError(
         f"networks: {folder} holds no finished network (cells/, models/ or networks/ of a study that trained here); "
         "checkpoints are not committed: run the study that its config.yaml describes first"
@@ -170,14 +175,15 @@ def _segmenter(run: Path, label: str) -> Subject:
 
 def _of_classifiers(folder: Path) -> list[Subject]:
     """Of networks/: the classifiers study's."""
-    found = []
-    for path in sorted(folder.glob("networks/*/classifier.json")):
-        stored = _json(path)
+    found, classes = [], tuple(_json(folder / "data.json")["train"]["classes"])
+    for path in sorted(folder.glob("networks/*/finished.json")):
+        about = path.with_name("classifier.json")
+        stored = _json(about)
         spec, extra = stored["spec"], stored["extra"]
         if not {"label", "family", "seed"} <= set(extra):
-            raise InputError(f"{path} says no label, family and seed of the classifier; {REMEDY}")
+            raise InputError(f"{about} says no label, family and seed of the classifier; {REMEDY}")
         of = (extra["label"], extra["family"], extra["seed"], CLASSIFICATION, spec["image_size"])
-        found.append(Subject(*of, path.parent))
+        found.append(Subject(*of, path.parent, classes=classes))
     return found
 
 
@@ -210,10 +216,14 @@ def _refuse_mixtures(subjects: Sequence[Subject]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"two networks are called {twice!r}; leave out one folder, or its label with leave_out")
-    of_label: dict[str, str] = {}
+    of_label: dict[str, tuple] = {}
     for subject in subjects:
-        if of_label.setdefault(subject.label, subject.family) != subject.family:
-            raise InputError(f"networks called {subject.label!r} are of two families; leave one out with leave_out")
+        own = (subject.family, subject.image_size, subject.source)
+        if of_label.setdefault(subject.label, own) != own:
+            raise InputError(
+                f"networks called {subject.label!r} differ in more than their seed (family, image size or results "
+                "folder), and would be each other's ceiling; leave one folder's out"
+            )
 
 
 def twins(subjects: Sequence[Subject]) -> list[tuple[str, str]]:

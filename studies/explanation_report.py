@@ -67,7 +67,14 @@ def tables_of(config, subjects: Sequence[Subject], job: Job, kept: Kept, folder:
         "joined": joined,
         "joined_points": points,
     }
-    return {name: table for name, table in found.items() if len(table)}
+    found = {name: table for name, table in found.items() if len(table)}
+    for name in sorted({"randomization", "cover"} & set(found)):
+        found[name] = found[name].merge(
+            verdicts[["network", "variant", "failed"]], on=["network", "variant"], how="left"
+        )
+    for name in sorted({"clusters", "joined"} & set(found)):
+        found[name] = explanation_tables.with_counted_failures(found[name], verdicts)
+    return found
 
 
 def _reasons(kept: Kept) -> str:

@@ -132,6 +132,13 @@ def with_failures(table: pd.DataFrame, checks: pd.DataFrame) -> pd.DataFrame:
     return table.assign(failed=[words(row) for row in table[[*sides, "method"]].itertuples(index=False)])
 
 
+def with_counted_failures(table: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Column `failing`: on how many of the networks a row's method fails, such as '3 of 36'."""
+    fails = (verdicts["failed"] != "").groupby(verdicts["variant"])
+    words = {method: f"{count} of {size}" for method, count, size in zip(fails.sum().index, fails.sum(), fails.size())}
+    return table.assign(failing=table["method"].map(words))
+
+
 def _kind(a: Subject, b: Subject) -> str:
     return OTHER_SEED if a.label == b.label else SAME if a.family == b.family else DIFFERENT
 

@@ -161,8 +161,17 @@ def group_words(groups: pd.DataFrame) -> str:
         for among in ("all", "faithful"):
             test = _mantel(groups, method, similarity, among)
             row.append("–" if test is None else f"{test['r']:.2f} (p {test['p']:.2g}, {test['p_holm']:.2g})")
-        rows.append([*row, number(every["p_smallest"].min(), 4)])
-    header = ["method", "similarity", "ARI, tree", "ARI, Louvain", "Mantel r", "without failing", "smallest p"]
+        rows.append([*row, number(every["p_smallest"].min(), 4), part["failing"].iloc[0]])
+    header = [
+        "method",
+        "similarity",
+        "ARI, tree",
+        "ARI, Louvain",
+        "Mantel r",
+        "without failing",
+        "smallest p",
+        "failing",
+    ]
     return markdown_table(header, rows)
 
 
@@ -201,10 +210,10 @@ def mask_words(tables: Tables) -> str:
     rows = []
     for (method, quantity), part in tables["in_mask"].groupby(["method", "quantity"], sort=False):
         values = [number(part[name].mean()) for name in ("mean", "null_mean", "area")]
-        rows.append(
-            [titled(method), quantity, *values, f"{(part['p'] < 0.05).mean():.0%}", number(part["other_seeds"].mean())]
-        )
+        above, failed = share((part["p"] < ALPHA).mean()), share((part["failed"] != "").mean())
+        rows.append([titled(method), quantity, *values, above, number(part["other_seeds"].mean()), failed])
     header = ["method", "quantity", "mean", "masks of other images", "area of the mask", "above these", "other seeds"]
+    header.append("failing")
     return f"""## How much of a map lies in the mask?
 {markdown_table(header, rows)}
 Shares of the positive and of the absolute attribution that lie in the mask, and pointing game (is the maximum in it);
@@ -224,7 +233,8 @@ def cover_words(tables: Tables, segmenting: bool) -> str:
         row += [number(other["answer_covered"].mean()), f"{number(own['fall'].mean())}; {number(other['fall'].mean())}"]
         known = other.set_index("variant")["rank_correlation"]
         maps = [
-            f"{titled(each.variant)} {each.rank_correlation:.2f}; {number(known.get(each.variant, np.nan))}"
+            f"{titled(each.variant)}{'*' if each.failed else ''} {each.rank_correlation:.2f}; "
+            f"{number(known.get(each.variant, np.nan))}"
             for each in own.itertuples()
         ]
         rows.append([*row, "<br>".join(maps)])
@@ -233,7 +243,7 @@ def cover_words(tables: Tables, segmenting: bool) -> str:
     return f"""{markdown_table(header, rows)}
 Covered: {table["covered"].iloc[0]}, by the mean colour of the rest; elsewhere: the same moved by half the image (it
 may touch the object). Fall of the score (as a share of its size) and rank correlation of the maps before and after:
-with the object covered; with as much elsewhere. Intervals: `cover.csv`.
+with the object covered; with as much elsewhere; *: the method fails on this network. Intervals: `cover.csv`.
 """
 
 
@@ -243,10 +253,11 @@ def joined_words(joined: pd.DataFrame) -> str:
     rows = []
     for row in joined.itertuples():
         partial = "–" if np.isnan(row.partial) else ranged(row.partial, row.partial_low, row.partial_high)
-        rows.append(
-            [titled(row.method), row.other, row.n, ranged(row.spearman, row.low, row.high), number(row.p, 4), partial]
-        )
-    return markdown_table(["method", "other agreement", "images", "pairs", "Spearman", "p", "for equal area"], rows)
+        spearman = ranged(row.spearman, row.low, row.high)
+        found = [spearman, number(row.p, 4), partial, row.failing]
+        rows.append([titled(row.method), row.other, row.n, row.pairs, *found])
+    header = ["method", "other agreement", "images", "pairs", "Spearman", "p", "for equal area", "failing"]
+    return markdown_table(header, rows)
 
 
 def refused_words(inventory: pd.DataFrame, unasked: Mapping[str, str]) -> str:

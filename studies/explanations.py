@@ -224,6 +224,8 @@ def check_same_images(config: ExplanationsConfig, subjects: list[Subject]) -> No
     for folder in dict.fromkeys(subject.source for subject in subjects):
         size = settings_in(folder)["image_size"]
         found = open_datasets(dataclasses.replace(config, image_size=size), needed=("test",))["test"].fingerprint
+        if not (folder / "data.json").is_file():
+            raise InputError(f"{folder / 'data.json'} does not exist; give the results folder as its study wrote it")
         known = json.loads((folder / "data.json").read_text(encoding="utf-8"))["test"]["hash"]
         if found != known:
             raise InputError(

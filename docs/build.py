@@ -20,12 +20,18 @@ PROJECT = HERE.parent
 sys.path.insert(0, str(PROJECT))
 
 from similarity import measures  # noqa: E402
+from studies import explanation_words  # noqa: E402
 from studies import universality_words as words  # noqa: E402
 from utils import markdown_table, write_text  # noqa: E402
 
 BENCHMARKS = PROJECT / "results" / "benchmarks"
 REFERENCE = "results/universality-isic2018_256-mobilenet_v2"
+EXPLAINED = {
+    "results/explanations-isic2018_256": "Segmentation networks, test images of ISIC 2018",
+    "results/explanations-imagenette": "Classifiers, photographs of Imagenette",
+}
 MARKS = ("<!-- answer: python docs/build.py -->", "<!-- end -->")
+EXPLANATION_MARKS = ("<!-- explanations: python docs/build.py -->", "<!-- end of explanations -->")
 MADE = "<!-- made by `python docs/build.py` -->\n"
 
 
@@ -169,10 +175,23 @@ def answer() -> str:
     return f"![ruler]({REFERENCE}/ruler.png)\n\n{listed}\n\n{words.short_table(summary)}"
 
 
+def explanation_answer() -> str:
+    """What the committed explanation runs found, by method."""
+    parts = []
+    for folder, title in EXPLAINED.items():
+        names = ("networks", "explanations", "kinds", "clusters")
+        tables = {name: pd.read_csv(PROJECT / folder / f"{name}.csv") for name in names}
+        count = explanation_words.counted(tables)
+        parts.append(f"**{title}** ([summary]({folder}/summary.md)): {count}\n\n{explanation_words.answer(tables)}\n")
+    return "\n".join(parts)
+
+
 def with_answer(readme: str) -> str:
     """The README with what stands between its marks made anew."""
-    before, _, rest = readme.partition(MARKS[0])
-    return f"{before}{MARKS[0]}\n{answer()}{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+    for (start, end), make in ((MARKS, answer), (EXPLANATION_MARKS, explanation_answer)):
+        before, _, rest = readme.partition(start)
+        readme = f"{before}{start}\n{make()}{end}{rest.partition(end)[2]}"
+    return readme
 
 
 if __name__ == "__main__":

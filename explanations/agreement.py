@@ -183,8 +183,8 @@ def _similarity(inner: np.ndarray, similarity: str, sigma: float, marked, stacke
         return inner
     p_a, p_b = marked
     observed = 1 - p_a - p_b + 2 * inner / stacked.values.shape[2]
-    expected = p_a * p_b + (1 - p_a) * (1 - p_b)  # below 1: a mask with a reason aside, none is empty or full
-    return (observed - expected) / (1 - expected)
+    expected = p_a * p_b + (1 - p_a) * (1 - p_b)  # 1 where nothing is marked on both sides, for which there is a reason
+    return np.divide(observed - expected, 1 - expected, out=np.full_like(observed, np.nan), where=expected < 1)
 
 
 def _grams(stacked: Stacked, similarities: Sequence[str], sigma: float, fraction: float) -> Iterator[tuple]:

@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
-NOTEBOOKS = ("unetpp", "mask2former", "mech_interp_experiment", "encoders_and_architectures")
+NOTEBOOKS = ("unetpp", "mask2former", "mech_interp_experiment", "encoders_and_architectures", "explanations")
 LIMIT_BYTES = 1_500_000
 COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 

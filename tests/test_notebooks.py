@@ -1,5 +1,6 @@
 """The committed notebooks: executed in order, without errors, small, of the sources here, of one skeleton."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import nbformat
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT / "notebooks"))
-
-import build  # noqa: E402
+# by its path: notebooks/ on sys.path would put the source explanations.py before the package of that name
+SPEC = importlib.util.spec_from_file_location("notebooks_build", PROJECT / "notebooks" / "build.py")
+build = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(build)
 
 
 @pytest.fixture(params=build.NOTEBOOKS)

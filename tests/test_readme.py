@@ -30,6 +30,13 @@ def test_every_named_file_exists():
     assert len(named) > 10 and not [name for name in named if not list(PROJECT.rglob(Path(name).name))]
 
 
+def test_every_test_that_the_documentation_names_exists():
+    pages = [README, *(page.read_text(encoding="utf-8") for page in (PROJECT / "docs").glob("*.md"))]
+    named = {name for page in pages for name in re.findall(r"`(test_\w+)`", page)}
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (PROJECT / "tests").rglob("*.py"))
+    assert len(named) > 10 and not [name for name in named if f"def {name}(" not in code]
+
+
 def test_the_two_commands_use_the_files_that_are_there():
     assert "pip install -r requirements.txt && python experiments.py" in README
     assert "pip install -r requirements-dev.txt && python -m pytest" in README
@@ -42,6 +49,7 @@ def test_the_answer_is_that_of_the_committed_reference_run():
     specification.loader.exec_module(build)
     assert build.with_answer(README) == README, "run python docs/build.py"
     assert "debiased linear CKA" in build.answer() and README.count(build.MARKS[0]) == 1
+    assert "KernelSHAP" in build.explanation_answer() and README.count(build.EXPLANATION_MARKS[0]) == 1
     stored = yaml.safe_load((PROJECT / build.REFERENCE / "config.yaml").read_text(encoding="utf-8"))
     asked = yaml.safe_load((PROJECT / "configs" / "reference.yaml").read_text(encoding="utf-8"))
     assert all(stored[key] == asked[key] for key in ("seeds", "image_size", "policies", "permutations", "resamples"))
@@ -89,8 +97,8 @@ def test_no_picture_of_a_photograph_is_committed():
     assert not [
         name
         for name in listed.stdout.split()
-        if re.search(r"/(universality|encoders|architectures)-(?!synthetic)", name)
-        and name.endswith(("pca.png", "predictions.png"))
+        if re.search(r"/(universality|encoders|architectures|explanations)-(?!synthetic)", name)
+        and re.search(r"/(pca|predictions|depth_strips|grid_\d+)\.png$|/pictures/", name)
     ]
 
 

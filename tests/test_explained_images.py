@@ -10,11 +10,14 @@ from torch import nn
 
 from classification.classifiers import ClassifierSpec
 from classification.photos import IMAGENETTE, synthetic_masks, synthetic_photos
+from dataset import SegmentationDataset
 from sources import ImageSource
+from studies import explained_images
 from studies.explained_images import Chosen, Images, choose, key_of, own_classes, target_of, true_masks
 from studies.subjects import CLASSIFICATION, SEGMENTATION, Subject
 from utils import InputError
 
+NAMES = [f"pic_{k:02d}" for k in range(12)]
 EMPTY = ("pic_03", "pic_07")
 
 
@@ -34,8 +37,12 @@ def lesions(folder, names, shift=0):
 
 
 @pytest.fixture(scope="module")
-def source(synthetic_root):
-    return ImageSource(data=str(synthetic_root), image_size=32)
+def source(tmp_path_factory):
+    """Twelve test images, ten of them with an object, and others to train on."""
+    folder = lesions(tmp_path_factory.mktemp("lesions") / "test", NAMES).parent
+    for split in ("train", "validation"):
+        lesions(folder / split, [f"{split}_{k:02d}" for k in range(2)])
+    return ImageSource(data=str(folder), image_size=32, layout="folder")
 
 
 @pytest.fixture(scope="module")
@@ -43,56 +50,44 @@ def photos(tmp_path_factory):
     return synthetic_photos(tmp_path_factory.mktemp("photos") / "set", {"train": 1, "val": 4}, 32)
 
 
-def test_the_choice_is_of_the_test_images_and_the_same_by_the_same_seed(source, synthetic_root):
-    chosen = choose(source, SEGMENTATION, 5, [32])
-    everything = {path.stem for path in (synthetic_root).rglob("*Test*/*.jpg")}
-    assert len(set(chosen.ids)) == 5 and set(chosen.ids) <= everything and len(everything) == 8
-    assert choose(source, SEGMENTATION, 5, [32]).ids == chosen.ids
-    assert choose(source, SEGMENTATION, 5, [32], seed=1).ids != chosen.ids
-    assert choose(source, SEGMENTATION, 3, [32]).ids == chosen.ids[:3]  # fewer are the first of more
+def test_the_choice_is_of_the_test_images_and_the_same_by_the_same_seed(source):
+    chosen = choose(source, SEGMENTATION, 9, [32])
+    assert len(set(chosen.ids)) == 9 and set(chosen.ids) <= set(NAMES)
+    assert choose(source, SEGMENTATION, 9, [32]).ids == chosen.ids
+    assert choose(source, SEGMENTATION, 9, [32], seed=1).ids != chosen.ids
+    assert choose(source, SEGMENTATION, 8, [32]).ids == chosen.ids[:8]  # fewer are the first of more
+    assert choose(source, SEGMENTATION, None, [32]).ids[:9] == chosen.ids
 
 
 def test_the_order_of_the_files_does_not_matter(source, monkeypatch):
-    import studies.explained_images as room
-
-    before, real = choose(source, SEGMENTATION, 5, [32]), room.open_datasets
+    before, real = choose(source, SEGMENTATION, 8, [32]), explained_images.open_datasets
 
     def backwards(*args, **options):
         found = real(*args, **options)
-        for each in found.values():
-            each.pairs = each.pairs[::-1]
-        return found
+        return {split: SegmentationDataset(each.pairs[::-1], each.transform) for split, each in found.items()}
 
     whole = before.at(32)
-    monkeypatch.setattr(room, "open_datasets", backwards)
-    after = choose(source, SEGMENTATION, 5, [32])
+    monkeypatch.setattr(explained_images, "open_datasets", backwards)
+    after = choose(source, SEGMENTATION, 8, [32])
     assert (after.ids, key_of(after)) == (before.ids, key_of(before))
     assert torch.equal(after.at(32).pixels, whole.pixels) and torch.equal(after.at(32).masks, whole.masks)
 
 
-def test_an_image_comes_with_its_own_mask_at_every_size(source, synthetic_root):
-    chosen = choose(source, SEGMENTATION, 4, [16, 32])
+def test_an_image_comes_with_its_own_mask_at_every_size(synthetic_root):
+    chosen = choose(ImageSource(data=str(synthetic_root)), SEGMENTATION, 8, [16, 32])
     for size in (16, 32):
         images = chosen.at(size)
-        assert images.pixels.shape == (4, 3, size, size) and images.classes is None
+        assert images.pixels.shape == (8, 3, size, size) and images.classes is None
         for name, mask in zip(images.ids, true_masks(images, None)):
             file = next(path for path in synthetic_root.rglob(f"{name}*.png"))
             whole = np.asarray(Image.open(file).resize((size, size), Image.Resampling.BOX)) > 127
             assert (mask[0].numpy() == whole).mean() > 0.95  # but for the rounding of the resize
 
 
-def test_images_without_an_object_are_never_chosen(tmp_path):
-    names = [f"pic_{k:02d}" for k in range(12)]
-    folder = lesions(tmp_path / "Test", names).parent
-    source = ImageSource(data=str(folder), image_size=32, layout="folder")
-    pytest.importorskip("PIL")
-    chosen = choose_all(source, 10)
-    assert set(chosen.ids) == set(names) - set(EMPTY)
+def test_images_without_an_object_are_never_chosen(source):
+    chosen = choose(source, SEGMENTATION, None, [32])
+    assert set(chosen.ids) == set(NAMES) - set(EMPTY)
     assert true_masks(chosen.at(32), None).flatten(1).any(1).all()
-
-
-def choose_all(source, count):
-    return choose(source, SEGMENTATION, count, [32])
 
 
 def test_too_few_images_with_an_object_are_refused(synthetic_root):
@@ -122,7 +117,7 @@ def test_photographs_have_no_masks(photos, tmp_path):
 
 
 def test_another_choice_has_another_key(source):
-    chosen = choose(source, SEGMENTATION, 5, [32])
+    chosen = choose(source, SEGMENTATION, 8, [32])
     others = [chosen.first(4), chosen.without(chosen.ids[:1]), dataclasses.replace(chosen, fingerprint="other")]
     others.append(dataclasses.replace(chosen, ids=chosen.ids[::-1]))
     assert len({key_of(each) for each in [chosen, *others]}) == 5
@@ -137,7 +132,7 @@ def test_rows_are_taken_of_all_parts_alike():
     assert images.first(2).ids == ("a", "b") and images.first(9).ids == images.ids
 
 
-# ------------------------------------------------------------------------------------------------- what is asked of them
+# ------------------------------------------------------------------------------------------------ what is asked of them
 
 
 class Answers(nn.Module):
@@ -153,36 +148,33 @@ class Answers(nn.Module):
         return self.scale * (10.0 * torch.arange(self.spec.classes)[None] + rows)
 
 
-SUBJECT = Subject("A", "CNN", 0, CLASSIFICATION, 8)
-
-
 def asked_of(classes, names, labels):
+    """The numbers that a classifier of these classes, () for ImageNet's 1000, has for photographs of others."""
     images = Images(tuple(f"i{k}" for k in range(len(labels))), torch.zeros(len(labels), 3, 8, 8), None, labels)
     chosen = Chosen(CLASSIFICATION, images.ids, "f", ImageSource(), tuple(names))
-    return own_classes(Answers(classes), images, chosen), images, chosen
+    subject = Subject("A", "CNN", 0, CLASSIFICATION, 8, classes=tuple(classes))
+    return own_classes(subject, images, chosen), (subject, images, chosen)
 
 
 def test_imagenets_thousand_classes_are_asked_by_imagenettes_wordnet_ids():
     names = ["n03888257", "n01440764", "n02102040"]  # parachute, tench, English springer
-    found, images, chosen = asked_of(1000, names, torch.tensor([2, 0, 1, 0]))
+    found, (subject, images, chosen) = asked_of((), names, torch.tensor([2, 0, 1, 0]))
     assert found.tolist() == [217, 701, 0, 701] == [IMAGENETTE[names[k]].index for k in (2, 0, 1, 0)]
-    target = target_of(SUBJECT, Answers(1000), images, chosen, "true", None)
+    target = target_of(subject, Answers(1000), images, chosen, "true", None)
     assert target(Answers(1000), images.pixels).tolist() == [2170, 7011, 2, 7013]
 
 
-def test_a_classifier_of_the_photographs_own_classes_is_asked_by_their_number():
-    found, _, _ = asked_of(3, ["a", "b", "c"], torch.tensor([2, 0, 1]))
+def test_a_classifier_trained_here_is_asked_by_the_names_of_its_classes():
+    found, _ = asked_of("abc", "abc", torch.tensor([2, 0, 1]))
     assert found.tolist() == [2, 0, 1]
+    found, _ = asked_of("xcab", "abc", torch.tensor([2, 0, 1]))  # more classes, in another order
+    assert found.tolist() == [1, 2, 3]
 
 
-def test_another_number_of_classes_is_refused():
-    with pytest.raises(InputError, match="knows 7 classes and the photographs have 3; train it on these"):
-        asked_of(7, ["a", "b", "c"], torch.tensor([0]))
-
-
-def test_classes_that_are_none_of_imagenettes_are_refused_for_a_thousand():
-    with pytest.raises(InputError, match="class 'cross' is none of Imagenette's"):
-        asked_of(1000, ["n01440764", "cross"], torch.tensor([0]))
+@pytest.mark.parametrize("classes", [(), "abd"])
+def test_classes_that_a_classifier_does_not_know_are_refused(classes):
+    with pytest.raises(InputError, match=r"A \(0\) does not know the class 'c': .* use photographs of its"):
+        asked_of(classes, ["a", "b", "c"] if classes else ["n01440764", "c"], torch.tensor([0]))
 
 
 def test_of_several_classes_the_mask_of_the_label_is_taken():

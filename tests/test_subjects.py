@@ -104,6 +104,12 @@ def test_classifiers_are_found_with_what_they_say_of_themselves(photos):
     assert all(answer.shape == (2, 4) for answer in answers) and not torch.equal(answers[0], answers[1])
 
 
+def test_classifiers_whose_training_did_not_end_are_left_out_and_classes_are_known_by_name(tmp_path):
+    folder = classifiers_of(tmp_path, TINY, unfinished=["Conv--seed-0"])
+    (found,) = networks_in(folder)
+    assert found.label == "Attention" and found.classes == ("cross", "disc", "ring", "stripes")
+
+
 def test_a_pretrained_one_has_no_seed_and_is_named_by_its_label():
     found = named("tiny", {"name": "vit_tiny_patch16_224", "image_size": 96})
     assert (found.name, found.seed, found.family, found.image_size) == ("tiny", None, "transformer", 96)
@@ -131,7 +137,7 @@ def test_a_network_there_twice_is_refused_by_name(grid, tmp_path):
 
 def test_one_label_of_two_families_is_refused(grid, tmp_path):
     other = grid_of(tmp_path, {"architecture": {"FCN, SegFormer": {"model": "segformer"}}, "seed": [5]})
-    with pytest.raises(InputError, match="'FCN, SegFormer' are of two families"):
+    with pytest.raises(InputError, match="'FCN, SegFormer' differ in more than their seed"):
         mixed = grid_of(tmp_path / "b", {"architecture": {"FCN, SegFormer": {"model": "fcn"}}, "seed": [6]})
         subjects_of({str(other): [], str(mixed): []})
 
@@ -162,7 +168,7 @@ def test_a_folder_that_is_not_there_or_holds_no_network_says_what_to_do(tmp_path
     with pytest.raises(InputError, match="nowhere does not exist; give the results folder"):
         networks_in(tmp_path / "nowhere")
     empty = grid_of(tmp_path / "empty", {"seed": [0]}, unfinished=["seed-0"], model="fcn")
-    with pytest.raises(InputError, match="empty holds no finished network .* run the study"):
+    with pytest.raises(InputError, match=r"empty holds no finished network .* run the study"):
         networks_in(empty)
 
 
@@ -189,10 +195,9 @@ def test_a_missing_config_of_a_run_is_named(tmp_path):
         networks_in(folder)
 
 
-def test_damaged_classifiers_are_named(photos, tmp_path):
-    path = tmp_path / "networks" / "A" / "classifier.json"
-    path.parent.mkdir(parents=True)
-    whole = json.loads(next(photos.glob("networks/*/classifier.json")).read_text())
+def test_damaged_classifiers_are_named(tmp_path):
+    path = classifiers_of(tmp_path, {"Conv": TINY["Conv"]}) / "networks" / "Conv--seed-0" / "classifier.json"
+    whole = json.loads(path.read_text())
     for text, sentence in (
         (json.dumps(whole)[:40], "cannot be read"),
         (json.dumps(whole | {"extra": {}}), "says no label, family and seed"),

@@ -67,7 +67,7 @@ def tables_of(config, subjects: Sequence[Subject], job: Job, kept: Kept, folder:
         "joined": joined,
         "joined_points": points,
     }
-    found = {name: table for name, table in found.items() if len(table)}
+    found = {name: table for name, table in found.items() if len(table) or name == "clusters"}
     for name in sorted({"randomization", "cover"} & set(found)):
         found[name] = found[name].merge(
             verdicts[["network", "variant", "failed"]], on=["network", "variant"], how="left"

@@ -201,11 +201,13 @@ def groups(config, subjects: Sequence[Subject], table: pd.DataFrame) -> pd.DataF
     for among, rows in (("all", table), ("faithful", _without_failing(table))):
         for _, part in rows.groupby(["method", "similarity"], sort=False):
             left = without_missing(part)
-            if left["model_a"].nunique() < 2:
+            if left["model_a"].nunique() < 2:  # two networks make no groups
                 continue
             absent = sorted(_models(part) - _models(left))
             found = _grouped(config, subjects, left)
             frames.append(found.assign(among=among, left_out=", ".join(absent)))
+    if not frames:
+        return pd.DataFrame(columns=[*clusters.COLUMNS, "among", "left_out", "p_holm"])
     found = pd.concat(frames, ignore_index=True)
     tests = found["clustering"] == clusters.MANTEL
     by_similarity = found[tests].groupby(["among", "similarity"])["p"]
@@ -237,7 +239,7 @@ def without_missing(pairs: pd.DataFrame) -> pd.DataFrame:
     return pairs
 
 
-# ------------------------------------------------------------------------------------------------------- beside masks
+# --------------------------------------------------------------------------------------------------------- beside masks
 
 
 def inside_masks(config, subjects: Sequence[Subject], job: Job, kept: Kept, checks: pd.DataFrame) -> pd.DataFrame:
@@ -266,7 +268,7 @@ def _size(subject: Subject) -> int:
     return subject.image_size
 
 
-# ------------------------------------------------------------------------------------------------------------ networks
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
 def network_table(subjects: Sequence[Subject], job: Job, folder: Path) -> pd.DataFrame:

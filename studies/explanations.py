@@ -28,7 +28,7 @@ from studies.explanation_checks import Checks
 from studies.explanation_verdicts import ALPHA
 from studies.explanation_ways import refuse_one_folder, ways_of
 from studies.explanation_work import Job
-from studies.subjects import SEGMENTATION, Subject, settings_in, subjects_of
+from studies.subjects import SEGMENTATION, Subject, settings_in, stored_images, subjects_of
 from utils import (
     HOME,
     InputError,
@@ -224,9 +224,7 @@ def check_same_images(config: ExplanationsConfig, subjects: list[Subject]) -> No
     for folder in dict.fromkeys(subject.source for subject in subjects):
         size = settings_in(folder)["image_size"]
         found = open_datasets(dataclasses.replace(config, image_size=size), needed=("test",))["test"].fingerprint
-        if not (folder / "data.json").is_file():
-            raise InputError(f"{folder / 'data.json'} does not exist; give the results folder as its study wrote it")
-        known = json.loads((folder / "data.json").read_text(encoding="utf-8"))["test"]["hash"]
+        known = stored_images(folder, "test", "hash")
         if found != known:
             raise InputError(
                 f"the test images of {config.data} are not those of {folder} (at {size} px: hash {found}, there "

@@ -175,7 +175,7 @@ def _segmenter(run: Path, label: str) -> Subject:
 
 def _of_classifiers(folder: Path) -> list[Subject]:
     """Of networks/: the classifiers study's."""
-    found, classes = [], tuple(_json(folder / "data.json")["train"]["classes"])
+    found, classes = [], tuple(stored_images(folder, "train", "classes"))
     for path in sorted(folder.glob("networks/*/finished.json")):
         about = path.with_name("classifier.json")
         stored = _json(about)
@@ -197,6 +197,14 @@ def settings_in(folder: Path) -> dict:
     if not isinstance(settings, dict):
         raise InputError(f"{path} holds no settings; {REMEDY}")
     return settings
+
+
+def stored_images(folder: Path, split: str, what: str):
+    """What data.json of a results folder keeps of a split of its images, such as their hash."""
+    stored = _json(folder / "data.json").get(split)
+    if not isinstance(stored, dict) or what not in stored:
+        raise InputError(f"{folder / 'data.json'} says no {what} of the {split} images; {REMEDY}")
+    return stored[what]
 
 
 def _json(path: Path) -> dict:

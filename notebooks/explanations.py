@@ -227,8 +227,8 @@ show(folder / "faithfulness.png")
 
 # %% [markdown]
 # And a map that tells of the network changes when its weights turn random, layer by layer from the output: rank correlation
-# with the maps of the trained network, mean over the networks. From 0.5 on at the last level (signed or absolute) a method counts
-# as failing on a network. Below: on how many networks it fails, and why.
+# with the maps of the trained network, mean over the networks. From 0.5 on at the last level a method counts as failing
+# on a network. Below: on how many networks it fails, and why.
 
 # %%
 levels = pd.read_csv(folder / "randomization.csv").pivot_table("rank_correlation", "variant", "level", sort=False)

@@ -6,6 +6,7 @@ the synthetic ones.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import visualization
 from explanations import clusters, figures, pictures
 from studies import explanation_joined, explanation_tables, explanation_verdicts, explanation_work
 from studies.explained_images import true_masks
+from studies.explaining import Made
 from studies.explanation_tables import Kept
 from studies.explanation_ways import GRAD_CAM, Way, titled
 from studies.explanation_words import page
@@ -161,7 +163,8 @@ def write_pictures(config, subjects: Sequence[Subject], job: Job, kept: Kept, fo
     for row, image in enumerate(images.ids):
         maps = {subject.label: _of_image(kept[subject.name], job, row, size) for subject in firsts}
         mask = None if images.masks is None else true_masks(images, job.label)[row, 0].numpy()
-        text = {"caption": f"Image {image}.", "synthetic": config.is_synthetic}
+        text = f"Image {image}. Each map in percent of the sum of its absolute attribution."
+        text = {"caption": text, "synthetic": config.is_synthetic}
         made[f"grid_{row + 1}"] = pictures.explanation_grid(images.pixels[row].numpy(), maps, mask=mask, **text)
     for way in [way for way in job.ways if way.method == GRAD_CAM][:1]:
         strips = [(each.label, images.pixels[0].numpy(), _by_depth(kept[each.name], way, size)) for each in firsts]
@@ -179,10 +182,21 @@ def _of_image(made: Mapping, job: Job, row: int, size: int) -> dict:
         for variant in way.variants if way.method != GRAD_CAM else way.variants[-1:]:
             maps = made[way.name].maps.get(variant)
             if maps is None:
-                found[titled(variant)] = made[way.name].refused.get(variant, "not made")
+                found[titled(variant)] = _why(made[way.name], variant)
             elif row < len(maps):
-                found[titled(variant)] = _at(maps[row], size)
+                found[titled(variant)] = _in_percent(_at(maps[row], size))
     return found
+
+
+def _why(made: Made, variant: str) -> str:
+    """Short enough for a picture; the page has the whole reason."""
+    return textwrap.shorten(made.refused.get(variant, "not made"), 60, placeholder=" …")
+
+
+def _in_percent(values: np.ndarray) -> np.ndarray:
+    """Networks' logits differ in size: without this the map of one would hide all others."""
+    total = np.abs(values).sum()
+    return 100 * values / total if total > 0 else values
 
 
 def _at(values: Tensor, size: int) -> np.ndarray:
@@ -194,8 +208,6 @@ def _at(values: Tensor, size: int) -> np.ndarray:
 def _by_depth(made: Mapping, way: Way, size: int) -> dict:
     of = made[way.name]
     return {
-        f"{100 * depth:g} %": _at(of.maps[variant][0], size)
-        if variant in of.maps
-        else of.refused.get(variant, "not made")
+        f"{100 * depth:g} %": _at(of.maps[variant][0], size) if variant in of.maps else _why(of, variant)
         for depth, variant in zip(way.depths, way.variants)
     }

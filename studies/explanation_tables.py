@@ -31,6 +31,7 @@ from utils import InputError
 
 OTHER_SEED, SAME, DIFFERENT = "same network, other seed", "same family", "different family"
 FEWEST_LABELS = 3  # of a jackknife
+ABSOLUTE = "absolute mass"  # the one quantity that is of maps without their signs
 RESOLUTIONS = (0.5, 0.75, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.25, 1.5, 2.0)  # even weights part near 1
 Kept = dict[str, dict[str, Made]]  # network -> way -> what it gave
 
@@ -120,9 +121,9 @@ def similarities(config, subjects: Sequence[Subject], job: Job, kept: Kept, chec
     return with_failures(table, checks)
 
 
-def with_failures(table: pd.DataFrame, checks: pd.DataFrame) -> pd.DataFrame:
+def with_failures(table: pd.DataFrame, checks: pd.DataFrame, column: str = "failed") -> pd.DataFrame:
     """Column `failed`: why the method is not to be trusted on one of the two networks of a row; '' where it is."""
-    why = {(row.network, row.variant): row.failed for row in checks.itertuples()}
+    why = {(row.network, row.variant): getattr(row, column) for row in checks.itertuples()}
     sides = [column for column in ("model_a", "model_b", "model") if column in table]
 
     def words(row: tuple) -> str:
@@ -261,7 +262,9 @@ def inside_masks(config, subjects: Sequence[Subject], job: Job, kept: Kept, chec
             limits = {"permutations": config.permutations, "resamples": config.resamples, "seed": config.seed}
             found = masks.in_mask_summary(maps, by_size[size], twins=twins(there), **limits)
             frames.append(found.assign(method=variant))
-    return with_failures(pd.concat(frames, ignore_index=True), checks)
+    table = pd.concat(frames, ignore_index=True)
+    signed, absolute = (with_failures(table, checks, column) for column in ("failed", "failed_absolute"))
+    return signed.assign(failed=signed["failed"].where(table["quantity"] != ABSOLUTE, absolute["failed"]))
 
 
 def _size(subject: Subject) -> int:

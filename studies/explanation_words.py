@@ -59,10 +59,11 @@ Insertion, deletion: area under the curves, 0 the baseline's score and 1 the ima
 passes: networks on which insertion less deletion beats that of random maps, one draw an image (Wilcoxon over
 images, q < 0.05 over all rows). Random weights: rank correlation of maps, and of their absolute values, with those of
 the same network at random weights ({job.checks.few} images, {job.checks.levels} groups of layers from the output on,
-one seed each; normalisation layers keep their running statistics); the larger one from {UNCHANGED} on counts as
-failing. Gap: what Integrated Gradients and KernelSHAP miss of the sum that their axioms promise, as a share of it;
-sampling error: standard errors of KernelSHAP's values, as a share of these; both median and largest of the networks,
-and failing above {MOST}.
+one seed each; normalisation layers keep their running statistics); from {UNCHANGED} on a method fails, the first
+counting for all that uses maps as they are, the second for absolute mass alone: maps that are large only where an image
+differs from its baseline are alike in size at any weights. Gap: what Integrated Gradients and KernelSHAP miss of the
+sum that their axioms promise, as a share of it; sampling error: standard errors of KernelSHAP's values, as a share of
+these; both median and largest of the networks, and failing above {MOST}.
 {unchecked_words(tables["faithfulness"])}
 {mask_words(tables)}
 ## With the object covered

@@ -258,7 +258,7 @@ def made_by_hand(gain, correlation=None, absolute=0.0):
     [
         (0.2, 0.3, 0.3, ""),
         (0.2, 0.7, 0.0, SURVIVES),
-        (0.2, 0.0, 0.7, SURVIVES),  # the same places, other signs
+        (0.2, 0.0, 0.7, ""),  # the same places, other signs: see the test that follows
         (-0.2, 0.3, 0.3, NOT_BETTER),
         (-0.2, 0.7, 0.0, f"{NOT_BETTER}; {SURVIVES}"),
         (0.2, -0.9, 0.0, ""),
@@ -269,6 +269,14 @@ def test_what_fails_is_said_in_words(gain, correlation, absolute, failed):
     assert row["failed"] == failed and row["randomized"] == pytest.approx(correlation) and row["n"] == 6
     assert row["insertion"] == pytest.approx(0.5 + gain + 0.025) and row["deletion"] == pytest.approx(0.5)
     assert row["p"] == pytest.approx(1 / 2**6 if gain > 0 else 1)  # all six images to one side
+
+
+def test_absolute_maps_are_judged_apart():
+    """Integrated Gradients are large where an image differs from its baseline, whatever the weights."""
+    (row,) = judged({"A": made_by_hand(0.2, 0.0, 0.7)}, {"v": NOTHING}).to_dict("records")
+    assert row["failed"] == "" and row["failed_absolute"] == SURVIVES
+    (row,) = judged({"A": made_by_hand(0.2, 0.7, 0.0)}, {"v": NOTHING}).to_dict("records")
+    assert row["failed"] == SURVIVES and row["failed_absolute"] == ""
 
 
 def test_another_seed_shares_the_randomisation_of_its_label_and_no_other():

@@ -81,7 +81,7 @@ def kept():
     return found
 
 
-NO_CHECKS = pd.DataFrame({"network": NAMES, "variant": "occlusion", "failed": "", "gap": np.nan, "sampling_error": 0.1})
+NO_CHECKS = pd.DataFrame({"network": NAMES, "variant": "occlusion", "failed": "", "failed_absolute": ""})
 
 
 @pytest.fixture(scope="module")
@@ -254,13 +254,16 @@ def test_all_attribution_inside_the_masks_is_a_mass_of_one(kept):
     inside = made({"occlusion": images.masks[:, 0].float()})
     outside = made({"occlusion": (~images.masks[:, 0]).float()})
     own = {name: {"occlusion": inside if name.startswith("A") else outside} for name in NAMES}
-    checks = NO_CHECKS.assign(failed=["x" if name == "B (1)" else "" for name in NAMES])
+    failed = ["x" if name == "B (1)" else "" for name in NAMES]
+    checks = NO_CHECKS.assign(failed=failed, failed_absolute=["y" if name == "A (0)" else "" for name in NAMES])
     found = inside_masks(CONFIG, SUBJECTS, job_of(), own, checks).set_index(["model", "quantity"])
     for quantity in ("positive mass", "absolute mass", "pointing"):
         assert found.loc[("A (0)", quantity), "mean"] == pytest.approx(1)
         assert found.loc[("B (0)", quantity), "mean"] == pytest.approx(0)
         assert found.loc[("A (0)", quantity), "other_seeds"] == pytest.approx(1)
     assert found.loc[("B (1)", "pointing"), "failed"] == "B (1): x" and found.loc[("B (0)", "pointing"), "failed"] == ""
+    assert found.loc[("A (0)", "pointing"), "failed"] == "" and found.loc[("B (1)", "absolute mass"), "failed"] == ""
+    assert found.loc[("A (0)", "absolute mass"), "failed"] == "A (0): y"
 
 
 # --------------------------------------------------------------------------------------------------------------- joined

@@ -80,7 +80,7 @@ class ExplanationsConfig(ImageSource):
     """
 
     networks: dict[str, list[str]] = field(default_factory=dict)
-    train: str = str(HOME / "configs" / "architectures_demo.yaml")
+    train: str = "configs/architectures_demo.yaml"
     pretrained: dict[str, dict[str, Any]] = field(default_factory=dict)
     leave_out: list[str] = field(default_factory=list)
     images: int = 40
@@ -107,7 +107,7 @@ class ExplanationsConfig(ImageSource):
 
 # Settings that change which maps are asked for or what is made of them, and not a map: a map's own settings are in the
 # name of its file, so that a folder may be asked for more.
-OF_THE_REPORT = ("networks", "pretrained", "leave_out", "compared_at", "similarities", "sigma", "top")
+OF_THE_REPORT = ("networks", "train", "pretrained", "leave_out", "compared_at", "similarities", "sigma", "top")
 OF_THE_REPORT += ("permutations", "resamples", "jobs", "batch_size", "methods", "check_images", "few_images", "levels")
 OF_THE_REPORT += ("check_cells", "cover")
 
@@ -187,9 +187,10 @@ def train_first(config: ExplanationsConfig) -> Path:
     """The results folder of the architectures study that `train` describes, after running what is left of it."""
     if not config.is_synthetic:
         raise InputError("networks: give the results folder of a study that trained on these images")
-    if not Path(config.train).is_file():
+    found = [path for path in (Path(config.train), HOME / config.train) if path.is_file()]
+    if not found:
         raise InputError(f"train: {config.train} does not exist; give a YAML of the architectures study, or networks")
-    settings = read_settings(architectures.ArchitecturesConfig, "explanations", ["--config", config.train])
+    settings = read_settings(architectures.ArchitecturesConfig, "explanations", ["--config", str(found[0])])
     return architectures.run(dataclasses.replace(settings, device=config.device))
 
 

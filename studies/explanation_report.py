@@ -63,6 +63,7 @@ def tables_of(config, subjects: Sequence[Subject], job: Job, kept: Kept, folder:
         "randomization": explanation_verdicts.randomized(checks, labels),
         "cover": explanation_verdicts.covered(checks, labels, config.seed, config.resamples),
         "similarity": similarity,
+        "pairs": explanation_tables.headline(similarity),
         "kinds": explanation_tables.kinds(similarity, labels),
         "clusters": explanation_tables.groups(config, subjects, similarity),
         "in_mask": explanation_tables.inside_masks(config, subjects, job, kept, verdicts),

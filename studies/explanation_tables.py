@@ -121,6 +121,12 @@ def similarities(config, subjects: Sequence[Subject], job: Job, kept: Kept, chec
     return with_failures(table, checks)
 
 
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """The first similarity's pairs in the columns that a heat map needs: small enough to be committed."""
+    columns = ["method", "model_a", "model_b", "kind", "n", "mean", "dissimilarity", "null_mean", "q", "ceiling", "u"]
+    return table.loc[table["similarity"] == table["similarity"].iloc[0], columns]
+
+
 def with_failures(table: pd.DataFrame, checks: pd.DataFrame, column: str = "failed") -> pd.DataFrame:
     """Column `failed`: why the method is not to be trusted on one of the two networks of a row; '' where it is."""
     why = {(row.network, row.variant): getattr(row, column) for row in checks.itertuples()}

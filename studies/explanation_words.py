@@ -79,6 +79,7 @@ is for masks of equal area, where there are masks.
 {refused_words(tables["explanations"], unasked)}
 ## Networks
 {network_words(tables["networks"], segmenting)}
+`pairs.csv` has the pairs of networks by the first similarity, `similarity.csv` by all of them.
 All numbers: {", ".join(f"`{name}.csv`" for name in tables)}; settings in `config.yaml`, versions and machine in
 `environment.json`, the hash of the images in `data.json`. Commit {git_commit()}.
 """

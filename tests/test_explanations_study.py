@@ -40,6 +40,7 @@ COLUMNS = {
     "randomization": "network variant level randomized n rank_correlation rank_correlation_absolute",
     "cover": "network label variant which n fall answer answer_covered rank_correlation covered",
     "similarity": "similarity model_a model_b n mean dissimilarity null_mean p ceiling u method kind q failed",
+    "pairs": "method model_a model_b kind n mean dissimilarity null_mean q ceiling u",
     "kinds": "method similarity kind pairs mean null_mean u above_null failed",
     "clusters": "method similarity clustering parameter ari p p_adjusted reason among left_out",
     "in_mask": "model quantity n mean null_mean p area other_seeds method failed",

@@ -11,11 +11,14 @@ import torch
 import yaml
 
 import experiments
+from classification.classifiers import FAMILIES, check_spec
 from models import load_model
 from recipes import check_recipe, objective
 from sources import ImageSource
-from studies import grid_study, legacy, segmentation, universality
+from studies import classifiers, explanations, grid_study, legacy, segmentation, universality
+from studies.explanation_ways import ways_of
 from studies.grid_work import job_of
+from studies.subjects import named
 from synthetic import make_dataset
 from train import Recipe
 from utils import HOME, InputError
@@ -102,6 +105,16 @@ def test_every_yaml_parses_and_settles(path):
             job = job_of(grid, cell, Path("somewhere"))
             check_recipe(job)
             objective(job)
+    elif study == "classifiers":
+        members = classifiers.members_of(config, 10)
+        assert len(members) == len(config.networks) * len(config.seeds) > 3
+        for member in members:
+            check_spec(member.spec)
+    elif study == "explanations":
+        explanations.check_settings(explanations.settle(config))
+        assert [way.name for way in ways_of(config.methods, config.images)] == list(stored["methods"])
+        for label, settings in config.pretrained.items():
+            assert named(label, dict(settings)).family in FAMILIES
     else:
         jobs = segmentation.trainings(dataclasses.replace(config, out="somewhere"))
         assert len(jobs) == len(config.seeds) * (1 + len(config.variants))

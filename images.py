@@ -8,12 +8,13 @@ splits. What folders the files come from is no matter of this module.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,19 +160,32 @@ def _resized(image: Image.Image, transform: Transform) -> np.ndarray:
 
 
 def _read_image(path: Path) -> Image.Image:
-    """The fully decoded file; a claim of more than MAX_PIXELS is refused from the header."""
+    """The fully decoded file."""
+    with opened(path, absent="remove its partner", broken="remove it and its partner") as image:
+        image.load()
+        return image
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, absent: str, broken: str) -> Iterator[Image.Image]:
+    """An image file, to be decoded in the block; what cannot be is refused by its name.
+
+    A claim of more than MAX_PIXELS is refused from the header. absent, broken : what else may be done about a file that
+    is gone, or that cannot be decoded
+    """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels")
-            image.load()
-            return image
+            yield image
+    except InputError:
+        raise
     except FileNotFoundError as error:
-        raise InputError(f"{path} is no longer there; put it back, or remove its partner") from error
+        raise InputError(f"{path} is no longer there; put it back, or {absent}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} claims more than {MAX_PIXELS:,} pixels ({error}); replace or remove it") from error
     except DECODING_ERRORS as error:
-        raise InputError(f"{path} cannot be decoded ({error}); fetch it again, or remove it and its partner") from error
+        raise InputError(f"{path} cannot be decoded ({error}); fetch it again, or {broken}") from error
 
 
 def _classes(mask: Image.Image, path: Path, values: tuple[tuple[int, ...], ...]) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from images import DECODING_ERRORS, MAX_PIXELS
+from images import opened
 from utils import InputError, digest, file_digest, progress, write_text
 
 SPLITS = ("train", "val")
@@ -178,18 +178,9 @@ def load_photos(photos: PhotoSet, size: int, chosen: Sequence[int] | None = None
 
 def read_photo(path: Path, size: int) -> np.ndarray:
     """(size, size, 3) uint8 of one file."""
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{file.width}×{file.height} pixels")
-            file.draft("RGB", (size, size))  # a JPEG may be decoded at a fraction of its size, never below this one
-            image = file.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is no longer there; put it back, or read the folder again") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} claims more than {MAX_PIXELS:,} pixels ({error}); replace or remove it") from error
-    except DECODING_ERRORS as error:
-        raise InputError(f"{path} cannot be decoded ({error}); fetch it again, or remove it") from error
+    with opened(path, absent="read the folder again", broken="remove it") as file:
+        file.draft("RGB", (size, size))  # a JPEG may be decoded at a fraction of its size, never below this one
+        image = file.convert("RGB")
     scale = size / min(image.size)
     wide, high = (max(size, round(side * scale)) for side in image.size)
     if (wide, high) != image.size:

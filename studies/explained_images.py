@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +61,16 @@ class Chosen:
     fingerprint: str
     source: ImageSource
     names: tuple[str, ...] = ()
+    _read: dict[int, Images] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def at(self, size: int) -> Images:
-        """The images at `size` pixels a side."""
-        if self.kind == SEGMENTATION:
-            return _segmented(_test_set(self.source, size), self.ids)
-        return _photographs(self.source, self.ids, size)
+        """The images at `size` pixels a side, read once."""
+        if size not in self._read:
+            if self.kind == SEGMENTATION:
+                self._read[size] = _segmented(_test_set(self.source, size), self.ids)
+            else:
+                self._read[size] = _photographs(self.source, self.ids, size)
+        return self._read[size]
 
     def first(self, count: int) -> Chosen:
         """The first so many."""

@@ -92,15 +92,15 @@ def path_of(folder: Path, subject: Subject, name: str, expected: str, ending: st
     return folder / "explanations" / slug(subject.name) / f"{slug(name)}-{expected[:8]}{ending}"
 
 
-def known(path: Path, expected: str) -> Made | None:
-    """What is kept at `path` if it is of this key and whole."""
+def known(path: Path, expected: str, *, maps: bool = True) -> Made | None:
+    """What is kept at `path` if it is of this key and whole; without `maps` their names alone are read, each empty."""
     try:
         with safe_open(path, "pt") as stored:
             about = json.loads(stored.metadata()["about"])
             if about["key"] != expected:
                 return None
             facts = {name: about[name] for name in ("ids", "settings", "refused", "seconds")}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: stored.get_tensor(name) if maps else torch.empty(0) for name in stored.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # not there, cut short, of another version
         return None
     parts = [

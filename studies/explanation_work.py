@@ -81,7 +81,7 @@ def work(subject: Subject, job: Job, folder: Path, again: bool) -> str:
 
 def missing(subject: Subject, job: Job, folder: Path, again: bool) -> bool:
     """Whether something is still to be made."""
-    parts = {way.name: kept(subject, way, job, folder) for way in job.ways}
+    parts = {way.name: kept(subject, way, job, folder, maps=False) for way in job.ways}
     if any(part is None or not part.finished for part in parts.values()):
         return True
     own = [predictions(subject, job, folder), recording(subject, job, folder)]
@@ -119,10 +119,10 @@ def explained(subject: Subject, model: nn.Module, images: Images, way: Way, job:
     return found
 
 
-def kept(subject: Subject, way: Way, job: Job, folder: Path) -> Made | None:
-    """The maps of one way if they are there."""
+def kept(subject: Subject, way: Way, job: Job, folder: Path, *, maps: bool = True) -> Made | None:
+    """The maps of one way if they are there, or without `maps` what there is beside them."""
     expected = explaining.key(subject, job.chosen, way, job.asked)
-    return explaining.known(path_of(folder, subject, way.name, expected), expected)
+    return explaining.known(path_of(folder, subject, way.name, expected), expected, maps=maps)
 
 
 # -------------------------------------------------------------------------------------------------------------- checked
@@ -150,12 +150,13 @@ def check(
             tables = explanation_checks.random_curves(asked, checks)
         else:
             tables = explanation_checks.check_way(asked, way, made[way.name], checks)
-        explanation_checks.keep(*_checks_place(subject, way, job, folder, again, tables))
+        place, expected = _checks_place(subject, way, job, folder, again)
+        explanation_checks.keep(place, tables, expected)
 
 
 def checked(subject: Subject, job: Job, folder: Path, again: bool) -> dict[str, pd.DataFrame] | None:
     """The tables of a network's checks, of all its ways together; None where it was explained in no way."""
-    made = {way.name: kept(subject, way, job, folder) for way in job.ways}
+    made = {way.name: kept(subject, way, job, folder, maps=False) for way in job.ways}
     if any(part is None for part in made.values()):
         return None
     parts = [_kept_checks(subject, way, job, folder, again) for way in _checked_ways(job, made)]
@@ -164,16 +165,15 @@ def checked(subject: Subject, job: Job, folder: Path, again: bool) -> dict[str, 
 
 
 def _kept_checks(subject: Subject, way: Way | None, job: Job, folder: Path, again: bool) -> dict | None:
-    place, _, expected = _checks_place(subject, way, job, folder, again)
-    return explanation_checks.known(place, expected)
+    return explanation_checks.known(*_checks_place(subject, way, job, folder, again))
 
 
-def _checks_place(subject: Subject, way: Way | None, job: Job, folder: Path, again: bool, tables=None) -> tuple:
-    """(folder, tables, key) of one way's checks, or of those of random maps."""
+def _checks_place(subject: Subject, way: Way | None, job: Job, folder: Path, again: bool) -> tuple[Path, str]:
+    """(folder, key) of one way's checks, or of those of random maps."""
     asked = _images_key(subject, job) if way is None else explaining.key(subject, job.chosen, way, job.asked)
     expected = digest(asked, job.asked, asdict(job.checks_of(again and way is not None)))
     name = RANDOM if way is None else way.name
-    return folder / "explanations" / slug(subject.name) / f"{slug(name)}-{expected[:8]}", tables, expected
+    return folder / "explanations" / slug(subject.name) / f"{slug(name)}-{expected[:8]}", expected
 
 
 # -------------------------------------------------------------------------------------------------- predicted, recorded
@@ -273,7 +273,7 @@ def estimate(subjects: Sequence[Subject], job: Job, folder: Path) -> str:
     known: dict[str, tuple[float, float]] = {}
     seconds, count = 0.0, 0
     for subject in subjects:
-        made = {way.name: kept(subject, way, job, folder) for way in job.ways}
+        made = {way.name: kept(subject, way, job, folder, maps=False) for way in job.ways}
         left = [way for way in job.ways if made[way.name] is None]
         checks = job.checks_of(subject.name in again)
         checkable = [way for way in job.ways if made[way.name] is None or made[way.name].maps]

@@ -250,11 +250,11 @@ def drawn_for(config: ExplanationsConfig) -> ClassifiersConfig:
     """The settings of the classifiers study whose synthetic photographs are explained."""
     if not config.networks:
         raise InputError("data synthetic: no network was trained on it; give a folder of photographs as data")
-    for folder in map(Path, config.networks):
-        own = ClassifiersConfig(**settings_in(folder))
+    studies = {folder: ClassifiersConfig(**settings_in(Path(folder))) for folder in config.networks}
+    for folder, own in studies.items():
         if not own.is_synthetic:
             raise InputError(f"the networks of {folder} were trained on {own.data}, not on synthetic images; give data")
-    return ClassifiersConfig(**settings_in(Path(next(iter(config.networks)))))
+    return next(iter(studies.values()))
 
 
 def choose_images(config: ExplanationsConfig, source: ImageSource, subjects: list[Subject]) -> Chosen:

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from answers import pixel_logits
@@ -80,16 +81,23 @@ def flops_of(function: Callable[[Tensor], object], x: Tensor) -> int:
     the sampling of deformable attention. Fused attention kernels that the counter does not know are switched off
     meanwhile, since they too would count 0. Gradients are not computed.
     """
+    with counted_operations() as total:
+        function(x)
+        return total()
+
+
+@contextlib.contextmanager
+def counted_operations() -> Iterator[Callable[[], int]]:
+    """Yields a function that says how many operations were counted so far in the block; see `flops_of`."""
     fused = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # not inference_mode: there products reach the counter undivided in some versions of PyTorch
-        with torch.no_grad(), counter:
-            function(x)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            yield lambda: int(counter.get_total_flops())
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    return int(counter.get_total_flops())
 
 
 # ---- time -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def resample(
     """`imbalance_planes`, and the same on halves of the images without replacement (see `similarity.intervals`)."""
     subsets = subsamples(len(A), resamples=resamples, share=share_for(IMBALANCE), seed=seed)
     planes = imbalance_planes(A, B, k, depths_a=depths_a, depths_b=depths_b)
-    both, count = joined(A, B), len(A.names)
+    both, count = joined({"A": A, "B": B}), len(A.names)
     found = resampled_planes(IMBALANCE, {"": (both, both)}, subsets, k=k)[""]
     samples = {"a_to_b": found[:, :count, count:], "b_to_a": found[:, count:, :count].swapaxes(1, 2)}
     samples["both"] = (samples["a_to_b"] + samples["b_to_a"]) / 2

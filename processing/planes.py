@@ -67,7 +67,7 @@ def imbalance_planes(
     1,000,000 of them a site are held at a time. device : where to compute; default: where the features are.
     """
     table = _pairs(relative_depths(A, depths_a), relative_depths(B, depths_b))
-    made, count = plane(IMBALANCE, joined(A, B), device=device, k=k), len(A.names)
+    made, count = plane(IMBALANCE, joined({"A": A, "B": B}), device=device, k=k), len(A.names)
     table["a_to_b"] = made.values[:count, count:].ravel()
     table["b_to_a"] = made.values[count:, :count].T.ravel()
     notes = [made.notes.get((a, b), "") for a in made.rows[:count] for b in made.rows[count:]]
@@ -96,16 +96,19 @@ def _pairs(depth_a: Depths, depth_b: Depths) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=PAIR)
 
 
-def joined(A: Recording, B: Recording) -> Recording:
-    """The sites of both in one recording, A's rows: a plane of it with itself makes each site's distances once."""
-    B = match_rows(A, B)
-    sites, features = [], {}
-    for side, recording in {"A": A, "B": B}.items():
+def joined(recordings: Mapping[str, Recording]) -> Recording:
+    """The sites of several networks in one recording, `network/site`, with the first one's rows.
+
+    A plane of it with itself makes each site's distances once.
+    """
+    first, sites, features = next(iter(recordings.values())), [], {}
+    for network, recording in recordings.items():
+        recording = match_rows(first, recording)
         for site in recording.sites:
-            sites.append(dataclasses.replace(site, name=f"{side}/{site.name}"))
+            sites.append(dataclasses.replace(site, name=f"{network}/{site.name}"))
             features[sites[-1].name] = recording[site.name]
-    hashes = f"{A.model_hash}+{B.model_hash}"
-    return Recording(features, A.ids, sites, A.policy, hashes, A.data_hash, A.image_hashes)
+    hashes = "+".join(recording.model_hash for recording in recordings.values())
+    return Recording(features, first.ids, sites, first.policy, hashes, first.data_hash, first.image_hashes)
 
 
 # ----------------------------------------------------------------------------------------------- one value of the plane

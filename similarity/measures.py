@@ -281,7 +281,16 @@ _ENTRIES = (
         identical="0",
         distance=True,
     ),
-    _entry("mutual_knn", "mutual kNN", neighbors.cloud, neighbors.mutual_share, "n²p", "nk", smallest_n="k + 2"),
+    _entry(
+        "mutual_knn",
+        "mutual kNN",
+        neighbors.cloud,
+        neighbors.mutual_share,
+        "n²p",
+        "nk",
+        together=neighbors.mutual_shares,
+        smallest_n="k + 2",
+    ),
     _entry(
         "cknna",
         "CKNNA",

@@ -22,6 +22,7 @@ from similarity.inputs import NotComputable, centered
 from similarity.kernels import squared_to_all
 
 BLOCK_ENTRIES = 1_000_000  # distances of a site held at a time
+HELD_ENTRIES = 250_000_000  # of all sites
 LONG_WORK = 1e8  # multiply-adds; shorter ones are done in float64
 SPARE = 4  # candidates beyond the k nearest in float32 that float64 may prefer
 
@@ -108,9 +109,9 @@ class Cloud:
         return self.nearest.graph()
 
 
-def row_blocks(n: int) -> Iterator[slice]:
-    """Rows to take at a time."""
-    step = max(1, BLOCK_ENTRIES // n)
+def row_blocks(n: int, sides: int = 1) -> Iterator[slice]:
+    """Rows to take at a time, of so many sides together."""
+    step = max(1, min(BLOCK_ENTRIES, HELD_ENTRIES // sides) // n)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -171,6 +172,16 @@ def _stacked(blocks: Sequence[np.ndarray]) -> np.ndarray:
 def mutual_share(left: Cloud, right: Cloud) -> float:
     """Σᵢ |N_k^X(i) ∩ N_k^Y(i)| / nk; of a neighbour that only partly belongs, the smaller part counts."""
     return float(left.graph.minimum(right.graph).sum() / (len(left.X) * left.k))
+
+
+def mutual_shares(left: Sequence[Cloud], right: Sequence[Cloud]) -> np.ndarray:
+    """`mutual_share` of every pair, (left, right): where no neighbours are tied, one sparse product of all graphs."""
+    graphs = {id(side): side.graph for side in (*left, *right)}
+    if any((graph.data != 1).any() for graph in graphs.values()):
+        return np.array([[mutual_share(one, other) for other in right] for one in left])
+    flat = {key: graph.reshape(1, -1) for key, graph in graphs.items()}
+    rows, columns = (sparse.vstack([flat[id(side)] for side in sides], format="csr") for sides in (left, right))
+    return (rows @ columns.T).toarray() / (len(left[0].X) * left[0].k)
 
 
 # --------------------------------------------------------------------------------------------------------------- CKNNA
@@ -238,19 +249,18 @@ def imbalances(left: Sequence[Cloud], right: Sequence[Cloud]) -> np.ndarray:
     n, k = len(left[0].X), left[0].k
     shared = {id(side) for side in left} & {id(side) for side in right}
     total = np.zeros((len(left), len(right)))
-    for rows in row_blocks(n):
+    for rows in row_blocks(n, len(left)):
         near, held = [], {}
         for side in left:
             distances = side.distances(rows)
             near.append(side.nearest_of(rows, distances))
             if id(side) in shared:
                 held[id(side)] = distances
-        ends = np.cumsum([part.index.shape[1] for part in near])[:-1]
-        index = np.concatenate([part.index for part in near], axis=1)
+        starts = np.cumsum([0, *(part.index.shape[1] for part in near[:-1])])
+        index, weight = (np.concatenate(parts, axis=1) for parts in zip(*((each.index, each.weight) for each in near)))
         for column, side in enumerate(right):
             ranks = _ranks(held.pop(id(side)) if id(side) in held else side.distances(rows), index)
-            for row, (part, mine) in enumerate(zip(near, np.split(ranks, ends, axis=1))):
-                total[row, column] += (part.weight * mine).sum()
+            total[:, column] += np.add.reduceat((weight * ranks).sum(0), starts)
     return 2 / (n**2 * k) * total
 
 

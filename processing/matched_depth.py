@@ -68,8 +68,8 @@ def matched_depth(resampled: Resampled, *, level: float = 0.95) -> pd.DataFrame:
     rows = []
     for value in DIRECTIONS:
         one, samples = resampled.of(value)
-        again = [_quantities(dataclasses.replace(one, values=sample)) for sample in samples]
-        for name, estimate in _quantities(one).items():
+        again = [quantities(dataclasses.replace(one, values=sample)) for sample in samples]
+        for name, estimate in quantities(one).items():
             se = float(standard_error(np.array([each[name] for each in again]), resampled.images, resampled.taken))
             low, high = interval(estimate, se, level=level)
             row = {"value": value, "quantity": name, "pairs": int(one.matched().sum()), "estimate": estimate}
@@ -77,7 +77,8 @@ def matched_depth(resampled: Resampled, *, level: float = 0.95) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _quantities(one: Grid) -> dict[str, float]:
+def quantities(one: Grid) -> dict[str, float]:
+    """The numbers of `matched_depth` of one value, without intervals."""
     matched = one.matched()
     near = float(one.values[matched].mean())
     far = float(one.values[~matched].mean()) if not matched.all() else np.nan

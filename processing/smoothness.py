@@ -72,20 +72,37 @@ def step_changes(
     names = recording.names
     if len(names) < 2:
         raise InputError(f"{len(names)} site is no path; record at least 2 sites in execution order")
-    where = relative_depths(recording, depths)
-    paid = _spent(spent, names)
     made, alike = plane(IMBALANCE, recording, device=device, k=k), plane("linear_cka", recording, device=device)
-    here = np.arange(len(names) - 1)
-    table = pd.DataFrame({"step": here + 1, "site_from": names[:-1], "site_to": names[1:]})
-    table["depth_from"], table["depth_to"] = [where[name] for name in names[:-1]], [where[name] for name in names[1:]]
+    pairs = list(itertools.product(names, names))
+    own = pd.DataFrame(pairs, columns=["site_a", "site_b"])
+    own = own.assign(a_to_b=made.values.ravel(), b_to_a=made.values.T.ravel(), linear_cka=alike.values.ravel())
+    own["note"] = [made.notes.get(pair) or alike.notes.get(pair, "") for pair in pairs]
+    own = own.assign(k=k, n_images=made.n_images)
+    return steps_along(own, names, relative_depths(recording, depths), spent)
+
+
+def steps_along(
+    own: pd.DataFrame, names: Sequence[str], depths: Depths, spent: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """`step_changes` along some sites of one network, from the planes of the network with itself.
+
+    own : site_a, site_b, a_to_b, b_to_a, linear_cka, note, k, n_images, as `together.Together.table` gives them
+    names : at least 2 of its sites, in execution order; depths : site -> relative depth
+    """
+    paid = _spent(spent, list(names))
+    pairs = list(itertools.pairwise(names))
+    made = own.set_index(["site_a", "site_b"]).loc[pairs]
+    table = pd.DataFrame(pairs, columns=["site_from", "site_to"])
+    table.insert(0, "step", np.arange(len(pairs)) + 1)
+    table["depth_from"], table["depth_to"] = ([depths[name] for name in table[f"site_{end}"]] for end in ("from", "to"))
     table["depth"] = (table["depth_from"] + table["depth_to"]) / 2
-    table["forward"], table["backward"] = made.values[here, here + 1], made.values[here + 1, here]
+    table["forward"], table["backward"] = made["a_to_b"].to_numpy(), made["b_to_a"].to_numpy()
     table["both"] = (table["forward"] + table["backward"]) / 2
-    table["cka_change"] = 1 - alike.values[here, here + 1]
+    table["cka_change"] = 1 - made["linear_cka"].to_numpy()
     for name in paid:
         table[f"{name}_from"], table[f"{name}_to"] = paid[name].to_numpy()[:-1], paid[name].to_numpy()[1:]
-    notes = [made.notes.get(pair) or alike.notes.get(pair, "") for pair in itertools.pairwise(names)]
-    return table.assign(floor=(k + 1) / made.n_images, k=k, n_images=made.n_images, note=notes)
+    k, images = made["k"].to_numpy(), made["n_images"].to_numpy()
+    return table.assign(floor=(k + 1) / images, k=k, n_images=images, note=made["note"].to_numpy())
 
 
 def _spent(spent: pd.DataFrame | None, names: list[str]) -> pd.DataFrame:

@@ -7,7 +7,7 @@ all. Which pairs are looked at is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,6 @@ class Together:
     """Every value over all sites × all sites: `values[name]` (S, S), network by network in the order given.
 
     depths : network -> {site: relative depth}; places : network -> its rows
-    notes : (network, site) -> why a site has no numbers
     """
 
     values: Mapping[str, np.ndarray]
@@ -34,7 +33,19 @@ class Together:
     images: int
     k: int
     neighbours: int
-    notes: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        recordings: Mapping[str, Recording],
+        values: Mapping[str, np.ndarray],
+        k: int,
+        neighbours: int,
+        depths: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> Together:
+        """Values of some recordings, with what is known of these."""
+        where = {name: relative_depths(each, (depths or {}).get(name)) for name, each in recordings.items()}
+        return cls(values, where, places_of(recordings), len(next(iter(recordings.values()))), k, neighbours)
 
     def table(self, a: str, b: str) -> pd.DataFrame:
         """The planes of two networks, as `planes.similarity_planes` gives them."""
@@ -47,8 +58,15 @@ class Together:
 
     def _pairs(self, a: str, b: str) -> pd.DataFrame:
         rows = [(i, j, x, y) for i, x in self.depths[a].items() for j, y in self.depths[b].items()]
-        notes = [self.notes.get((a, i)) or self.notes.get((b, j), "") for i, j, *_ in rows]
+        lost = {name: self._lost(name) for name in (a, b)}
+        notes = [lost[a].get(i) or lost[b].get(j, "") for i, j, *_ in rows]
         return pd.DataFrame(rows, columns=PAIR).assign(note=notes)
+
+    def _lost(self, network: str) -> dict[str, str]:
+        """Sites that have no number even with themselves."""
+        own = np.diagonal(self.values[IMBALANCE])[self.places[network]]
+        sites = self.depths[network]
+        return {site: f"site {site!r} is constant, or not finite" for site, value in zip(sites, own) if np.isnan(value)}
 
     def _cut(self, values: Mapping[str, np.ndarray], a: str, b: str) -> dict[str, np.ndarray]:
         """The part of two networks: imbalance both ways (the last two axes A × B), the others as they are."""
@@ -84,17 +102,7 @@ def planes_together(
         "linear_cka": plane("linear_cka", whole, device=device).values,
         "mutual_knn": plane("mutual_knn", whole, device=device, k=neighbours).values,
     }
-    names = [(network, site) for network, recording in recordings.items() for site in recording.names]
-    own = {name: made.notes.get((row, row), "") for name, row in zip(names, made.rows)}
-    return Together(
-        values,
-        {network: relative_depths(each, (depths or {}).get(network)) for network, each in recordings.items()},
-        places_of(recordings),
-        made.n_images,
-        k,
-        neighbours,
-        {name: note for name, note in own.items() if note},
-    )
+    return Together.of(recordings, values, k, neighbours, depths)
 
 
 def _joined(recordings: Mapping[str, Recording]) -> Recording:

@@ -17,10 +17,9 @@ from typing import Any
 import joblib
 import torch
 
-from classification.photos import photo_set
 from explanations.agreement import FRACTION, SIGMA, SIMILARITIES
 from explanations.targets import WHICH
-from sources import ImageSource, open_datasets
+from sources import ImageSource
 from studies import architectures, explanation_report, explanation_work
 from studies.classifiers import ClassifiersConfig, photo_folder
 from studies.explained_images import Chosen, choose
@@ -28,7 +27,8 @@ from studies.explanation_checks import Checks
 from studies.explanation_verdicts import ALPHA
 from studies.explanation_ways import refuse_one_folder, ways_of
 from studies.explanation_work import Job
-from studies.subjects import SEGMENTATION, Subject, settings_in, stored_images, subjects_of
+from studies.subjects import SEGMENTATION, Subject, settings_in, subjects_of
+from studies.unseen import check_photographs, check_segmentation
 from utils import (
     HOME,
     InputError,
@@ -213,37 +213,11 @@ def check_subjects(config: ExplanationsConfig, subjects: list[Subject]) -> None:
 def images_of(config: ExplanationsConfig, subjects: list[Subject]) -> ImageSource:
     """Where the images are, after refusing networks that were trained on others, or on these."""
     if subjects[0].kind == SEGMENTATION:
-        (check_drawn_images if config.is_synthetic else check_same_images)(config, subjects)
+        check_segmentation(config, subjects)
         return config
     if config.is_synthetic:  # what the classifiers were trained on, drawn again
         return dataclasses.replace(config, data=str(photo_folder(drawn_for(config))))
     return config
-
-
-def check_same_images(config: ExplanationsConfig, subjects: list[Subject]) -> None:
-    """Refuse networks whose study had other test images, or saw them otherwise: these may be among their training."""
-    for folder in dict.fromkeys(subject.source for subject in subjects):
-        size = settings_in(folder)["image_size"]
-        found = open_datasets(dataclasses.replace(config, image_size=size), needed=("test",))["test"].fingerprint
-        known = stored_images(folder, "test", "hash")
-        if found != known:
-            raise InputError(
-                f"the test images of {config.data} are not those of {folder} (at {size} px: hash {found}, there "
-                f"{known}); give the data, layout, blur and interpolation that its networks were trained with"
-            )
-
-
-def check_drawn_images(config: ExplanationsConfig, subjects: list[Subject]) -> None:
-    """Refuse networks that were trained on another synthetic set: some of these test images may be among theirs."""
-    wanted = {name: getattr(config, name) for name in ("data", "synthetic_images", "synthetic_size", "synthetic_seed")}
-    for subject in subjects:
-        own = settings_in(subject.folder.parent)
-        for name, value in wanted.items():
-            if own[name] != value:
-                raise InputError(
-                    f"network {subject.name} was trained with {name} {own[name]!r}, and the images to explain are of "
-                    f"{value!r}; give the same settings"
-                )
 
 
 def drawn_for(config: ExplanationsConfig) -> ClassifiersConfig:
@@ -262,22 +236,8 @@ def choose_images(config: ExplanationsConfig, source: ImageSource, subjects: lis
     sizes = sorted({subject.image_size for subject in subjects})
     count = None if config.mask == "predicted" else config.images
     chosen = choose(source, subjects[0].kind, count, sizes, label=config.label, seed=config.seed)
-    for subject in {subject.source: subject for subject in subjects if subject.kind != SEGMENTATION}.values():
-        seen = set(chosen.ids) & trained_on(subject)
-        if seen:
-            raise InputError(
-                f"{len(seen)} of the photographs were trained on by the networks of {subject.source}, first "
-                f"{min(seen)!r}; explain others"
-            )
+    check_photographs(chosen.ids, subjects)
     return chosen
-
-
-def trained_on(subject: Subject) -> set[str]:
-    """Ids of the photographs that a classifier was trained on, where they are still there to be asked."""
-    if subject.source is None:
-        return set()
-    folder = photo_folder(ClassifiersConfig(**settings_in(subject.source)))
-    return set(photo_set(folder, "train").ids) if (folder / "train").is_dir() else set()
 
 
 def open_folder(config: ExplanationsConfig, chosen: Chosen) -> Path:

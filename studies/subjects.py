@@ -81,6 +81,17 @@ def subjects_of(
     folders : results folder -> the labels that are wanted of it; none: all
     pretrained : label -> fields of ClassifierSpec, of which `name` is needed and weights are ImageNet's when not said
     """
+    found = subjects_in(folders, pretrained, leave_out)
+    _refuse_mixtures(found)
+    return found
+
+
+def subjects_in(
+    folders: Mapping[str, Sequence[str]],
+    pretrained: Mapping[str, Mapping] | None = None,
+    leave_out: Iterable[str] = (),
+) -> list[Subject]:
+    """As `subjects_of`, whatever the networks were trained for and however few they are."""
     found = [subject for folder, labels in folders.items() for subject in wanted_of(Path(folder), labels)]
     found += [named(label, dict(settings)) for label, settings in (pretrained or {}).items()]
     labels = list(dict.fromkeys(subject.label for subject in found))
@@ -88,7 +99,7 @@ def subjects_of(
         if label not in labels:
             raise InputError(f"leave_out: there is no network {label!r}; closest: {closest(label, labels)}")
     found = [subject for subject in found if subject.label not in set(leave_out)]
-    _refuse_mixtures(found)
+    _refuse_one_name(found)
     return found
 
 
@@ -220,6 +231,9 @@ def _refuse_mixtures(subjects: Sequence[Subject]) -> None:
     kinds = {subject.kind for subject in subjects}
     if len(kinds) > 1:
         raise InputError("some networks segment and some classify; explain them in two runs, with two --out folders")
+
+
+def _refuse_one_name(subjects: Sequence[Subject]) -> None:
     names = [subject.name for subject in subjects]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

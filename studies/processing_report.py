@@ -40,12 +40,10 @@ def write(config, walks: Sequence[Walk], asked: Work, folder: Path) -> None:
     """Every table, figure and the page of a results folder."""
     recordings = {walk.name: processing_work.recording(walk, asked, folder) for walk in walks}
     sites = {walk.name: processing_work.sites_table(walk, asked, folder) for walk in walks}
-    parts = [
-        Part(
-            part, [walk for walk in walks if walk.name in own], own, kept_planes(own, asked, config.neighbours, folder)
-        )
-        for part, own in parts_of(recordings).items()
-    ]
+    parts = []
+    for name, own in parts_of(recordings).items():
+        together = kept_planes(own, asked, config.neighbours, folder)
+        parts.append(Part(name, [walk for walk in walks if walk.name in own], own, together))
     tables = tables_of(config, walks, asked, folder, sites, parts)
     shown = shown_pairs(config, walks)
     inner = next(each for each in parts if each.name == ENCODER)
@@ -141,7 +139,7 @@ def first_seeds(config, walks: Sequence[Walk]) -> list[str]:
 
 
 def shown_pairs(config, walks: Sequence[Walk]) -> list[tuple[str, str]]:
-    """The pairs of networks whose planes are shown: those asked for, or of each training the first CNN and transformer."""
+    """Whose planes are shown: the pairs asked for, or of each training the first CNN and the first transformer."""
     firsts = {walk.label: walk.name for walk in reversed(walks)}
     if config.shown:
         return [(firsts[a], firsts[b]) for a, b in config.shown]
@@ -181,8 +179,8 @@ def draw(
         relations,
         curves,
         title="Is the best match at the same depth, and how much do networks share there?",
-        caption=f"Pairs of networks of one training, encoder sites, {of}. Means over pairs; bars and bands: 95 %, leaving "
-        f"out one body at a time. Chance: mean distance with the sites of one network shuffled, {config.permutations} "
+        caption=f"Pairs of networks of one training, encoder sites, {of}. Means over pairs; bars and bands: 95 %, "
+        f"leaving out one body at a time. Chance: mean distance with the sites of one network shuffled, {config.permutations} "
         "times. Imbalance: mean of both directions at matched depth.",
         synthetic=synthetic,
     )
@@ -209,9 +207,9 @@ def draw(
         tables["kept"],
         tables["networks"],
         title="What do sites keep of the image's statistics?",
-        caption=f"Cross-validated R² of ridge regression on an encoder site's features, n = {n} images, {config.policy}, "
-        f"{config.folds} folds; means over networks, in tenths of the depth. Grey: untrained networks, from the lower to "
-        "the higher family's mean.",
+        caption=f"Cross-validated R² of ridge regression on an encoder site's features, n = {n} images, "
+        f"{config.policy}, {config.folds} folds; means over networks, in tenths of the depth. Grey: untrained networks, "
+        "from the lower to the higher family's mean.",
         synthetic=synthetic,
     )
     if WHOLE in set(tables["relations"]["part"]):

@@ -37,8 +37,8 @@ def page(config, walks: Sequence[Walk], asked: Work, tables: Tables, drawn: Sequ
 Imbalance: information imbalance at k = {config.k}, mean of both directions, 0 where neighbours in one network are
 neighbours in the other, 1 where one says nothing of the other. Matched: every site with the one nearest in relative
 depth, a rule fixed before looking; elsewhere: all other pairs of sites. Distance: of every site's best match, in
-relative depth; chance: with one network's sites in shuffled order ({config.permutations} times); told from chance: share
-of pairs of networks with q < {ALPHA} (Benjamini-Hochberg over all pairs). 95 %: leaving out one body with all its
+relative depth; chance: with one network's sites in shuffled order ({config.permutations} times); told from chance:
+share of pairs of networks with q < {ALPHA} (Benjamini-Hochberg over all pairs). 95 %: leaving out one body with all its
 networks at a time. Another seed is the ceiling; untrained networks are the floor. Backwards: the distance, were one
 network run backwards: neighbouring sites are alike in any network, so the p alone says little.
 
@@ -97,9 +97,9 @@ def _depth_sentence(relations: pd.DataFrame) -> str:
     distance, chance = own.loc["distance"], own.loc["chance", "mean"]
     more = own.loc["elsewhere − matched"]
     text = (
-        f"best matches of a CNN in a transformer are {_with_interval(distance)} of the depth apart (chance {chance:.2f}); "
-        f"imbalance at matched depth {_with_interval(own.loc['matched'])}, elsewhere {own.loc['elsewhere', 'mean']:.2f} "
-        f"(difference {_with_interval(more)})"
+        f"best matches of a CNN in a transformer are {_with_interval(distance)} of the depth apart (chance "
+        f"{chance:.2f}); imbalance at matched depth {_with_interval(own.loc['matched'])}, elsewhere "
+        f"{own.loc['elsewhere', 'mean']:.2f} (difference {_with_interval(more)})"
     )
     seeds = relations[(relations["relation"] == SEED) & (relations["quantity"] == "matched")]
     return text + (f"; another seed: {_with_interval(seeds.iloc[0])}." if len(seeds) else ".")

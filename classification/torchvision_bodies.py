@@ -91,7 +91,9 @@ def _load(body: nn.Module, name: str, plain: str, size: int) -> None:
     try:
         body.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{name}: its pretrained weights do not fit options that change its shape ({error})") from error
+        raise InputError(
+            f"{name}: its pretrained weights do not fit options that change its shape ({error})"
+        ) from error
 
 
 def _state(name: str) -> dict[str, Tensor]:

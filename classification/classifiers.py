@@ -1,7 +1,8 @@
 """Image classifiers from a spec: networks of timm and of torchvision, that take pictures in [0, 1].
 
-`build_classifier` wraps a network so that it normalises its own input, answers logits, or features where it has no
-head (self-supervised ones), and says at which places it is to be listened to; `save_classifier` and `load_classifier` keep one in a folder. How it is trained is in `training`.
+`build_classifier` wraps a network so that it normalises its own input, answers logits (or features where it has no
+head, as self-supervised ones), and says at which places it is to be listened to; `save_classifier` and
+`load_classifier` keep one in a folder. How it is trained is in `training`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class ClassifierSpec:
     """Everything needed to build a classifier again; stored beside its weights.
 
     name : a network of timm, also with a pretrained tag ('resnet50.a1_in1k', 'vit_small_patch14_dinov2.lvd142m'), or
-        one of torchvision ('torchvision/resnet50', also with a name of its weights: 'torchvision/resnet50.IMAGENET1K_V1')
+        one of torchvision, also with the name of its weights ('torchvision/resnet50.IMAGENET1K_V1')
     options : of timm.create_model, or of torchvision's function, for this network, such as {'depths': [1, 1, 2, 1]}
     weights : 'none' (random), 'pretrained' or 'imagenet' (those under this name, from the hub or the local cache), or a
         file in the network's own key layout: safetensors or legacy .pth

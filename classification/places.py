@@ -44,7 +44,7 @@ SWIN = ("SwinTransformer", "SwinTransformerV2")
 
 
 def declared_sites(body: nn.Module, prefix: str = "") -> list[Site]:
-    """The sites of a network of timm or torchvision that is held at `prefix`; an architecture that is not known here is refused."""
+    """The sites of a network of timm or torchvision held at `prefix`; an architecture not known here is refused."""
     kind = type(body).__name__
     if type(body).__module__.startswith("torchvision."):
         return _of_torchvision(body, prefix, kind)

@@ -93,7 +93,7 @@ def _width(model: Classifier) -> int:
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """The mean of equation 1 over all 2 N views, of projections (N, d) each: row i of one belongs to row i of the other.
+    """The mean of equation 1 over all 2 N views; (N, d) projections each, row i of one belongs to row i of the other.
 
     ℓ(i, j) = −log exp(s_ij / τ) / Σ_{k ≠ i} exp(s_ik / τ), s the cosine and j the other view of the picture of i.
     """

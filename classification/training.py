@@ -2,7 +2,8 @@
 
 AdamW under a cosine schedule with warm-up, label smoothing, and random crops and flips that are made of a whole batch
 at a time on the device, where the photographs stay as bytes. `fit` is the loop, whatever the loss (`simclr` has another
-one); it waits for the device once an epoch. For networks of minutes; a training that has to survive being killed in its middle is train.py.
+one); it waits for the device once an epoch. For networks of minutes; a training that has to survive being killed in its
+middle is train.py.
 """
 
 from __future__ import annotations
@@ -253,7 +254,7 @@ def crop_and_flip(images: Tensor, smallest: float, generator: torch.Generator) -
 
 
 def predict(model: Classifier, images: Tensor, batch: int = 128) -> Tensor:
-    """Logits (N, classes), or features, float32 on the CPU, of uint8 images (N, 3, H, W); the model is left as it was."""
+    """Logits (N, classes), or features, float32 on the CPU, of uint8 images (N, 3, H, W); the model is left as is."""
     device, training = model.mean.device, model.training
     model.eval()
     try:

@@ -1,7 +1,8 @@
 """Trains small networks, convolutional and with attention, on photographs in class folders, from scratch.
 
-With class labels, or without them by SimCLR. The networks are what other studies look into. Each stays in `networks/LABEL--seed-K/` of the
-results folder and is never trained twice; accuracies with intervals, costs and learning curves are written beside them.
+With class labels, or without them by SimCLR. The networks are what other studies look into. Each stays in
+`networks/LABEL--seed-K/` of the results folder and is never trained twice; accuracies with intervals, costs and
+learning curves are written beside them.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class ClassifiersConfig:
     Args:
         data: 'synthetic', or a folder with train/CLASS/ and val/CLASS/ (Imagenette's layout)
         image_size: side in pixels to which photographs are brought
-        networks: label -> name (of timm, or 'torchvision/NAME'), options (of timm.create_model), family (where it is not
-            known), and of its own objective, epochs, batch_size, learning_rate, weight_decay, smallest_crop,
+        networks: label -> name (of timm, or 'torchvision/NAME'), options (of timm.create_model), family (where it is
+            not known), and of its own objective, epochs, batch_size, learning_rate, weight_decay, smallest_crop,
             temperature, colour
         objective: supervised (class labels) or simclr (none), unless a network has its own
         simclr: what is otherwise for networks with objective simclr, such as {epochs: 40, batch_size: 256}

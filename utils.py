@@ -68,6 +68,10 @@ LATER_SETTINGS = {
     "fraction_seed": 0,
     "repeats": 1,
     "overfit": 0,
+    "objective": "supervised",
+    "simclr": {},
+    "temperature": 0.5,
+    "precision": "auto",
 }
 # What a killed process leaves beside its results: its lock, and a file that it was writing (see `atomic_path`).
 LEFTOVER = re.compile(

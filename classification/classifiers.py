@@ -1,7 +1,8 @@
-"""Image classifiers from a spec: timm networks, and torchvision's MobileNetV2, that take pictures in [0, 1].
+"""Image classifiers from a spec: networks of timm and of torchvision, that take pictures in [0, 1].
 
-`build_classifier` wraps a network so that it normalises its own input, answers logits and says at which places it is
-to be listened to; `save_classifier` and `load_classifier` keep one in a folder. How it is trained is in `training`.
+`build_classifier` wraps a network so that it normalises its own input, answers logits (or features where it has no
+head, as self-supervised ones), and says at which places it is to be listened to; `save_classifier` and
+`load_classifier` keep one in a folder. How it is trained is in `training`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from pathlib import Path
 
 import timm
 import torch
-import torchvision
 from safetensors.torch import save_file
 from timm.models import is_model, list_models, list_pretrained, model_entrypoint
 from torch import Tensor, nn
 
+from classification import torchvision_bodies
 from classification.places import declared_sites
+from classification.torchvision_bodies import is_torchvision
 from model_spec import NORMALIZATIONS
 from similarity import Site, list_sites
 from utils import InputError, atomic_path, closest, file_digest, pick, seed_everything, write_text
 from weights import HUB_ERRORS, load_state, offline_message, read_state
 
 MOBILENET = "torchvision/mobilenet_v2"
+PRETRAINED = ("pretrained", "imagenet")  # two words for one thing: what timm or torchvision has under a name
 FAMILIES = ("CNN", "transformer", "hybrid")
 FOURTEEN = (
     "convnextv2_nano",
@@ -65,13 +68,15 @@ _SIZED = {"beit", "deit", "eva", "levit", "maxxvit", "swin_transformer", "swin_t
 class ClassifierSpec:
     """Everything needed to build a classifier again; stored beside its weights.
 
-    name : a network of timm, also with a pretrained tag ('resnet50.a1_in1k'), or 'torchvision/mobilenet_v2'
-    options : of timm.create_model for this network, such as {'depths': [1, 1, 2, 1]}
-    weights : 'none' (random), 'imagenet' (timm's pretrained ones, from the hub or its local cache), or a file in the
-        network's own key layout: safetensors or legacy .pth
-    normalization : 'imagenet', 'half', 'clip' or 'none', see model_spec.NORMALIZATIONS; with weights 'imagenet' what
-        the pretrained network was trained with takes its place
-    classes : logits that it answers; 1000 with weights 'imagenet'
+    name : a network of timm, also with a pretrained tag ('resnet50.a1_in1k', 'vit_small_patch14_dinov2.lvd142m'), or
+        one of torchvision, also with the name of its weights ('torchvision/resnet50.IMAGENET1K_V1')
+    options : of timm.create_model, or of torchvision's function, for this network, such as {'depths': [1, 1, 2, 1]}
+    weights : 'none' (random), 'pretrained' or 'imagenet' (those under this name, from the hub or the local cache), or a
+        file in the network's own key layout: safetensors or legacy .pth
+    normalization : 'imagenet', 'half', 'clip' or 'none', see model_spec.NORMALIZATIONS; with pretrained weights what
+        they were trained with takes its place
+    classes : logits that it answers; with pretrained weights as many as they have (1000 of ImageNet); 0: it has no head
+        and answers its pooled features
     image_size : side in pixels of the images that it is built for; networks of convolutions alone take others too
     """
 
@@ -82,16 +87,20 @@ class ClassifierSpec:
     classes: int = 10
     image_size: int = 64
 
+    @property
+    def is_pretrained(self) -> bool:
+        return self.weights in PRETRAINED
+
 
 class Classifier(nn.Module):
-    """A network that takes images (B, 3, H, W) in [0, 1] and answers logits (B, classes)."""
+    """A network that takes images (B, 3, H, W) in [0, 1] and answers logits (B, classes), or features (B, width)."""
 
     def __init__(self, body: nn.Module, spec: ClassifierSpec):
         super().__init__()
         self.body, self.spec = body, spec
         mean, std = pick("normalization", spec.normalization, NORMALIZATIONS)
-        if spec.weights == "imagenet":
-            mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
+        if spec.is_pretrained:
+            mean, std = _normalization_of(body, spec.name)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -116,27 +125,39 @@ def sites(model: Classifier, image_size: int | None = None) -> list[Site]:
     return list_sites(model, blank, declared_sites(model.body, "body."))
 
 
+def _normalization_of(body: nn.Module, name: str) -> tuple:
+    if is_torchvision(name):
+        return torchvision_bodies.normalization(name)
+    return body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
+
+
 # ---- what timm calls a network ----------------------------------------------------------------------------------
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that neither timm nor torchvision knows, with the closest ones."""
+    torchvision_bodies.check_name(name) if is_torchvision(name) else architecture_of(name)
 
 
 def architecture_of(name: str) -> str:
     """The module of timm that registers a network ('swin_transformer'); unknown names raise with the closest ones."""
     plain = name.partition(".")[0]
-    if name == MOBILENET:
-        return "efficientnet"  # where timm has its own MobileNetV2
     known = is_model(plain) and (name == plain or name in list_pretrained(f"{plain}.*"))
     if not known:
-        choices = [*list_models(), MOBILENET] if "." not in name else list_pretrained()
+        choices = list_models() if "." not in name else list_pretrained()
         raise InputError(f"unknown network {name!r}; closest: {closest(name, choices)}")
     return model_entrypoint(plain).__module__.rpartition(".")[2]
 
 
 def family_of(name: str) -> str:
-    """'CNN', 'transformer' or 'hybrid', by the architecture that timm registers a network under.
+    """'CNN', 'transformer' or 'hybrid', by the architecture that timm registers a network under, or torchvision's name.
 
     A transformer computes its features by attention over patches from the first block on (pyramids and windows count,
     whatever embeds the patches); a hybrid has convolutional blocks and attention.
     """
+    if is_torchvision(name):
+        check_name(name)
+        return torchvision_bodies.family(name)
     plain = name.partition(".")[0]
     if plain.startswith(("caformer_", "convformer_")):  # one module of timm holds both
         return "hybrid" if plain.startswith("ca") else "CNN"
@@ -150,7 +171,7 @@ def family_of(name: str) -> str:
 
 def is_sized(name: str) -> bool:
     """Whether a network takes images of one size alone."""
-    return name != MOBILENET and architecture_of(name) in _SIZED
+    return torchvision_bodies.takes_one_size(name) if is_torchvision(name) else architecture_of(name) in _SIZED
 
 
 # ---- building ---------------------------------------------------------------------------------------------------
@@ -160,40 +181,52 @@ def build_classifier(spec: ClassifierSpec, seed: int = 0) -> Classifier:
     """A classifier in training mode; random weights are drawn by the seed."""
     check_spec(spec)
     seed_everything(seed)
-    body = _torchvision_body(spec) if spec.name == MOBILENET else _timm_body(spec, spec.weights == "imagenet")
-    if spec.weights not in ("none", "imagenet"):
+    body = _body(spec, spec.is_pretrained)
+    if spec.weights not in ("none", *PRETRAINED):
         load_state(body, Path(spec.weights))
     return Classifier(body, spec)
 
 
 def check_spec(spec: ClassifierSpec) -> None:
     """Refuse what no network can be built from, without building one."""
-    architecture_of(spec.name)
+    check_name(spec.name)
     pick("normalization", spec.normalization, NORMALIZATIONS)
-    if spec.image_size < 1 or spec.classes < 1:
+    if spec.image_size < 1 or spec.classes < 0:
         raise InputError(
-            f"{spec.name}: image_size and classes must be at least 1, got {spec.image_size}, {spec.classes}"
+            f"{spec.name}: image_size must be at least 1 and classes at least 0 (no head), got {spec.image_size}, "
+            f"{spec.classes}"
         )
-    if spec.weights == "imagenet" and spec.name == MOBILENET:
-        raise InputError(f"{MOBILENET} takes its ImageNet weights from a file: set weights to it (normalization: half)")
-    if spec.weights == "imagenet" and spec.classes != 1000:
-        raise InputError(
-            f"{spec.name}: weights 'imagenet' answer 1000 classes, not {spec.classes}; set classes to 1000"
-        )
-    if spec.weights not in ("none", "imagenet"):
+    if spec.is_pretrained:
+        _check_pretrained(spec)
+    elif spec.weights != "none":
         read_state(Path(spec.weights))
 
 
-def _torchvision_body(spec: ClassifierSpec) -> nn.Module:
-    return torchvision.models.mobilenet_v2(weights=None, num_classes=spec.classes, **spec.options)
+def _check_pretrained(spec: ClassifierSpec) -> None:
+    name, own = spec.name, 1000
+    if not is_torchvision(name):
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        if not config.has_weights:
+            raise InputError(
+                f"timm has no pretrained weights for {name!r}; closest: {closest(name, list_pretrained())}"
+            )
+        own = config.num_classes
+    if spec.classes not in (0, own):
+        answers = f"answer {own} classes, not {spec.classes}; set classes to {own}, or to 0 for its features"
+        without = f"have no head and answer no classes, not {spec.classes}; set classes to 0"
+        raise InputError(f"{name}: weights {spec.weights!r} {answers if own else without}")
+
+
+def _body(spec: ClassifierSpec, pretrained: bool) -> nn.Module:
+    if is_torchvision(spec.name):
+        return torchvision_bodies.build(spec.name, spec.options, spec.classes, spec.image_size, pretrained)
+    return _timm_body(spec, pretrained)
 
 
 def _timm_body(spec: ClassifierSpec, pretrained: bool) -> nn.Module:
     size = {"img_size": spec.image_size} if is_sized(spec.name) else {}
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.options.items()}
     name = spec.name
-    if pretrained and not timm.get_pretrained_cfg(name, allow_unregistered=False).has_weights:
-        raise InputError(f"timm has no pretrained weights for {name!r}; closest: {closest(name, list_pretrained())}")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=spec.classes, **size, **options)
     except HUB_ERRORS as error:
@@ -234,8 +267,7 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict]:
         spec = ClassifierSpec(**about["spec"])
     except TypeError as error:
         raise InputError(f"{folder / 'classifier.json'} holds no spec of a classifier ({error})") from error
-    body = _torchvision_body(spec) if spec.name == MOBILENET else _timm_body(spec, False)
-    model = Classifier(body, spec)
+    model = Classifier(_body(spec, False), spec)
     load_state(model, file)
     return model.eval(), about["extra"]
 

@@ -1,7 +1,7 @@
 """Where classifiers are listened to: the blocks of every known architecture, with the axes of what they emit.
 
 Axes are declared by architecture, because shapes do not tell them: Swin emits (batch, height, width, channel), PVTv2's
-blocks emit tokens and its stages maps.
+blocks emit tokens and its stages maps. Timm's and torchvision's classes share names: their modules tell them apart.
 """
 
 from __future__ import annotations
@@ -24,18 +24,30 @@ MAPS = {
     "FastVit": ("stem", "stages.*.blocks.*"),
     "MaxxVit": ("stem", "stages.*.blocks.*"),
     "ByobNet": ("stem", "stages.*.*"),
-    "MobileNetV2": ("features.*",),  # torchvision's
     "MobileNetV3": ("bn1", "blocks.*.*"),
     "RegNet": ("stem", "s1.*", "s2.*", "s3.*", "s4.*"),
     "ResNet": ("act1", "layer1.*", "layer2.*", "layer3.*", "layer4.*"),
     "ResNetV2": ("stem", "stages.*.blocks.*"),
 }
+# torchvision's
+_STAGES = ("features.1.*", "features.3.*", "features.5.*", "features.7.*")
+TORCHVISION_MAPS = {
+    "ConvNeXt": ("features.0", *_STAGES),
+    "DenseNet": ("features.norm0", "features.denseblock*", "features.transition*", "features.norm5"),
+    "MobileNetV2": ("features.*",),
+    "MobileNetV3": ("features.*",),
+    "RegNet": ("stem", "trunk_output.*.*"),
+    "ResNet": ("relu", "layer1.*", "layer2.*", "layer3.*", "layer4.*"),
+    "ShuffleNetV2": ("conv1", "stage2.*", "stage3.*", "stage4.*", "conv5"),
+}
 SWIN = ("SwinTransformer", "SwinTransformerV2")
 
 
 def declared_sites(body: nn.Module, prefix: str = "") -> list[Site]:
-    """The sites of a network that is held at `prefix`; an architecture that is not known here is refused."""
+    """The sites of a network of timm or torchvision held at `prefix`; an architecture not known here is refused."""
     kind = type(body).__name__
+    if type(body).__module__.startswith("torchvision."):
+        return _of_torchvision(body, prefix, kind)
     if kind in MAPS:
         return [_site(prefix, path, IMAGE_AXES) for pattern in MAPS[kind] for path in _matching(body, pattern)]
     if kind in SWIN:
@@ -52,6 +64,25 @@ def declared_sites(body: nn.Module, prefix: str = "") -> list[Site]:
     raise InputError(
         f"where to listen to {kind} is not declared; give Sites with their axes, or use one of "
         f"{', '.join([*MAPS, *SWIN, 'VisionTransformer', 'PyramidVisionTransformerV2', 'Levit', 'EfficientFormer'])}"
+    )
+
+
+def _of_torchvision(body: nn.Module, prefix: str, kind: str) -> list[Site]:
+    if kind in TORCHVISION_MAPS:
+        patterns = TORCHVISION_MAPS[kind]
+        return [_site(prefix, path, IMAGE_AXES) for pattern in patterns for path in _matching(body, pattern)]
+    if kind == "EfficientNet":  # stages of blocks, between two single convolutions
+        parts = body.features.named_children()
+        patterns = [f"features.{name}.*" if type(part) is nn.Sequential else f"features.{name}" for name, part in parts]
+        return [_site(prefix, path, IMAGE_AXES) for pattern in patterns for path in _matching(body, pattern)]
+    if kind == "SwinTransformer":
+        return [_site(prefix, path, CHANNELS_LAST) for pattern in _STAGES for path in _matching(body, pattern)]
+    if kind == "VisionTransformer":
+        options = {"strides": (body.patch_size,), "prefix": 1}
+        return [_site(prefix, path, TOKENS, **options) for path in _matching(body, "encoder.layers.*")]
+    known = ", ".join([*TORCHVISION_MAPS, "EfficientNet", "SwinTransformer", "VisionTransformer"])
+    raise InputError(
+        f"where to listen to torchvision's {kind} is not declared; give Sites with their axes, or use one of {known}"
     )
 
 

@@ -1,7 +1,9 @@
 """Training of a small classifier on photographs that fit into memory, seeded, and the answers of a trained one.
 
 AdamW under a cosine schedule with warm-up, label smoothing, and random crops and flips that are made of a whole batch
-at a time on the device. For networks of minutes; a training that has to survive being killed in its middle is train.py.
+at a time on the device, where the photographs stay as bytes. `fit` is the loop, whatever the loss (`simclr` has another
+one); it waits for the device once an epoch. For networks of minutes; a training that has to survive being killed in its
+middle is train.py.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from classification.classifiers import Classifier, ClassifierSpec, build_classifier, family_of
+from classification.origins import OBJECTIVES
 from optimization import cosine
 from utils import InputError, progress
 
+PRECISIONS = ("auto", "fp32", "bf16")
 ASPECT = 4 / 3  # of a crop, at most; its inverse at least
 Photos = tuple[Tensor, Tensor]  # uint8 (N, 3, H, W), int64 (N,)
-LEAST_ABOVE = ("learning_rate", "smallest_crop", "clip_norm")
+LEAST_ABOVE = ("learning_rate", "smallest_crop", "clip_norm", "temperature")
 
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """How a classifier is trained.
+    """How a classifier is trained, or a network without a head by SimCLR.
 
     epochs : passes over the photographs
     batch_size : photographs a step; what is left over at an epoch's end waits for the next order
@@ -38,6 +42,10 @@ class ClassifierRecipe:
     label_smoothing : share of the target that is spread over all classes
     smallest_crop : area of the smallest random crop, as a share of the picture; 1 shows pictures whole and unflipped
     clip_norm : gradients are scaled down to this length
+    objective : 'supervised' (class labels) or 'simclr' (none: two views of a picture are to be alike, see `simclr`)
+    temperature : of SimCLR's loss
+    colour : strength of SimCLR's colour jitter; 0 leaves colours as they are
+    precision : 'fp32', 'bf16' (autocast to bfloat16), or 'auto': bf16 on a GPU, fp32 elsewhere
     """
 
     epochs: int = 10
@@ -48,6 +56,10 @@ class ClassifierRecipe:
     warmup: float = 0.1
     smallest_crop: float = 0.35
     clip_norm: float = 1.0
+    objective: str = "supervised"
+    temperature: float = 0.5
+    colour: float = 0.5
+    precision: str = "auto"
 
 
 def check_recipe(recipe: ClassifierRecipe, name: str = "recipe") -> None:
@@ -62,8 +74,13 @@ def check_recipe(recipe: ClassifierRecipe, name: str = "recipe") -> None:
     for key in ("label_smoothing", "warmup"):
         if not 0 <= getattr(recipe, key) < 1:
             raise InputError(f"{name}: {key} must be at least 0 and below 1, got {getattr(recipe, key)}")
-    if recipe.smallest_crop > 1 or recipe.weight_decay < 0:
-        raise InputError(f"{name}: smallest_crop is at most 1 and weight_decay at least 0")
+    if recipe.smallest_crop > 1 or recipe.weight_decay < 0 or recipe.colour < 0:
+        raise InputError(f"{name}: smallest_crop is at most 1, weight_decay and colour at least 0")
+    for key, known in {"objective": OBJECTIVES, "precision": PRECISIONS}.items():
+        if getattr(recipe, key) not in known:
+            raise InputError(f"{name}: {key} {getattr(recipe, key)!r} is none of {', '.join(known)}")
+    if recipe.objective == "simclr" and recipe.batch_size < 2:
+        raise InputError(f"{name}: SimCLR tells a picture from the others of its batch; give batch_size 2 or more")
 
 
 def train_classifier(
@@ -84,36 +101,84 @@ def train_classifier(
     is reported. A loss that is no number ends the training with an InputError.
     """
     check_recipe(recipe)
-    _check_photos(spec, train, val)
+    check_photos(spec, train, val)
     device = torch.device(device)
     model = in_fast_layout(build_classifier(spec, seed).to(device))
     images, labels = (tensor.to(device) for tensor in train)
-    steps = max(1, len(images) // recipe.batch_size)
+
+    def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
+        pictures = crop_and_flip(images[rows].float() / 255, recipe.smallest_crop, generator)
+        with autocast(recipe, device):
+            logits = model(pictures)
+        return F.cross_entropy(logits.float(), labels[rows], label_smoothing=recipe.label_smoothing)
+
+    history = fit(model, loss_of, len(images), recipe, seed, lambda: _validate(model, *val), on_epoch, spec.name)
+    return as_kept(model), history
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[Tensor, torch.Generator], Tensor],
+    count: int,
+    recipe: ClassifierRecipe,
+    seed: int,
+    measure: Callable[[], dict],
+    on_epoch: Callable[[dict], None] | None = None,
+    name: str = "network",
+) -> pd.DataFrame:
+    """Train all of a model's parameters on `count` pictures; the history, with what `measure` finds after every epoch.
+
+    loss_of : the loss of some rows; what it draws comes from the generator, which lives on the CPU
+    """
+    steps = max(1, count // recipe.batch_size)
     optimizer, schedule = _optimizer(recipe, model, steps)
     generator = torch.Generator().manual_seed(seed)
     rows, started = [], time.perf_counter()
-    for epoch in progress(range(1, recipe.epochs + 1), desc=spec.name):
+    for epoch in progress(range(1, recipe.epochs + 1), desc=name):
         rate = optimizer.param_groups[0]["lr"]
-        loss = _one_epoch(model, images, labels, recipe, optimizer, schedule, generator)
+        loss = _one_epoch(model, loss_of, count, recipe, optimizer, schedule, generator)
         if not math.isfinite(loss):
             raise InputError(
-                f"{spec.name}: the loss of epoch {epoch} is {loss}; lower learning_rate (now {recipe.learning_rate}) "
+                f"{name}: the loss of epoch {epoch} is {loss}; lower learning_rate (now {recipe.learning_rate}) "
                 "or lengthen warmup"
             )
-        rows.append({"epoch": epoch, "learning_rate": rate, "train_loss": loss, **_validate(model, *val)})
+        rows.append({"epoch": epoch, "learning_rate": rate, "train_loss": loss, **measure()})
         rows[-1]["seconds"] = time.perf_counter() - started
         if on_epoch is not None:
             on_epoch(rows[-1])
-    return model.to("cpu", memory_format=torch.contiguous_format).eval(), pd.DataFrame(rows)
+    return pd.DataFrame(rows)
+
+
+def as_kept(model: Classifier) -> Classifier:
+    """A trained network as it is handed on: on the CPU, in the usual layout, in eval mode."""
+    return model.to("cpu", memory_format=torch.contiguous_format).eval()
+
+
+def autocast(recipe: ClassifierRecipe, device: torch.device) -> torch.autocast:
+    """The context in which a network's forward pass is computed."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(recipe, device) == "bf16")
+
+
+def precision_on(recipe: ClassifierRecipe, device: torch.device) -> str:
+    """'fp32' or 'bf16': what the recipe's precision comes to on a device."""
+    auto = "bf16" if device.type == "cuda" else "fp32"
+    return auto if recipe.precision == "auto" else recipe.precision
 
 
 def in_fast_layout(model: Classifier) -> Classifier:
     """Convolutional networks with channels last in memory, in which the CPU and the GPU are faster; others as is."""
-    is_cnn = model.spec.name.startswith("torchvision/") or family_of(model.spec.name) == "CNN"
-    return model.to(memory_format=torch.channels_last) if is_cnn else model
+    return model.to(memory_format=torch.channels_last) if _is_cnn(model.spec.name) else model
 
 
-def _check_photos(spec: ClassifierSpec, train: Photos, val: Photos) -> None:
+def _is_cnn(name: str) -> bool:
+    try:
+        return family_of(name) == "CNN"
+    except InputError:  # of a kind that the caller had to say
+        return False
+
+
+def check_photos(spec: ClassifierSpec, train: Photos, val: Photos) -> None:
+    """Refuse pictures of another size, and labels that do not fit them or a head; without a head labels are unused."""
     for name, (images, labels) in {"train": train, "val": val}.items():
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, spec.image_size, spec.image_size):
             raise InputError(
@@ -122,7 +187,7 @@ def _check_photos(spec: ClassifierSpec, train: Photos, val: Photos) -> None:
             )
         if len(labels) != len(images) or len(images) == 0:
             raise InputError(f"{len(images)} {name} images and {len(labels)} labels; give one label for every image")
-        if labels.min() < 0 or labels.max() >= spec.classes:
+        if spec.classes and (labels.min() < 0 or labels.max() >= spec.classes):
             raise InputError(
                 f"{name} labels run from {int(labels.min())} to {int(labels.max())}, but {spec.name} has "
                 f"{spec.classes} classes"
@@ -141,31 +206,28 @@ def _optimizer(recipe: ClassifierRecipe, model: nn.Module, steps: int) -> tuple[
 
 
 def _one_epoch(
-    model: Classifier,
-    images: Tensor,
-    labels: Tensor,
+    model: nn.Module,
+    loss_of: Callable[[Tensor, torch.Generator], Tensor],
+    count: int,
     recipe: ClassifierRecipe,
     optimizer: torch.optim.Optimizer,
     schedule: LambdaLR,
     generator: torch.Generator,
 ) -> float:
-    """The mean training loss of one pass in a new order; stops at the first loss that is no number."""
+    """The mean training loss of one pass in a new order; the device is waited for at its end alone."""
     model.train()
+    device = next(model.parameters()).device
     losses = []
-    batches = torch.randperm(len(images), generator=generator).split(recipe.batch_size)
+    batches = torch.randperm(count, generator=generator).to(device).split(recipe.batch_size)
     whole = [rows for rows in batches if len(rows) == recipe.batch_size] or [batches[0]]
     for rows in whole:
-        rows = rows.to(images.device)
-        pictures = crop_and_flip(images[rows].float() / 255, recipe.smallest_crop, generator)
-        loss = F.cross_entropy(model(pictures), labels[rows], label_smoothing=recipe.label_smoothing)
+        loss = loss_of(rows, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-        if not losses[-1].isfinite():
-            break
     return float(torch.stack(losses).double().mean())
 
 
@@ -187,20 +249,20 @@ def crop_and_flip(images: Tensor, smallest: float, generator: torch.Generator) -
     theta = torch.zeros(count, 2, 3)  # from places in the answer to places in the picture, both in [-1, 1]
     theta[:, 0, 0], theta[:, 0, 2] = wide * side, (2 * draw[2] - 1) * (1 - wide)
     theta[:, 1, 1], theta[:, 1, 2] = high, (2 * draw[3] - 1) * (1 - high)
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    grid = F.affine_grid(theta.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def predict(model: Classifier, images: Tensor, batch: int = 128) -> Tensor:
-    """Logits (N, classes), float32 on the CPU, of uint8 images (N, 3, H, W); the model is left as it was."""
+    """Logits (N, classes), or features, float32 on the CPU, of uint8 images (N, 3, H, W); the model is left as is."""
     device, training = model.mean.device, model.training
     model.eval()
     try:
         with torch.inference_mode():
-            parts = [model(part.to(device).float() / 255).float().cpu() for part in images.split(batch)]
+            parts = [model(part.to(device).float() / 255).float() for part in images.split(batch)]
     finally:
         model.train(training)
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()
 
 
 def _validate(model: Classifier, images: Tensor, labels: Tensor) -> dict[str, float]:

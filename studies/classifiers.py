@@ -1,7 +1,8 @@
-"""Trains small classifiers, convolutional and with attention, on photographs in class folders, from scratch.
+"""Trains small networks, convolutional and with attention, on photographs in class folders, from scratch.
 
-The networks are what the explanation study asks what they look at. Each stays in `networks/LABEL--seed-K/` of the
-results folder and is never trained twice; accuracies with intervals, costs and learning curves are written beside them.
+With class labels, or without them by SimCLR. The networks are what other studies look into. Each stays in
+`networks/LABEL--seed-K/` of the results folder and is never trained twice; accuracies with intervals, costs and
+learning curves are written beside them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,30 +18,17 @@ import joblib
 import pandas as pd
 import torch
 
-from classification.classifiers import (
-    FAMILIES,
-    ClassifierSpec,
-    build_classifier,
-    check_spec,
-    family_of,
-    load_classifier,
-    save_classifier,
-)
+from classification.classifiers import Classifier, build_classifier, load_classifier, save_classifier
 from classification.photos import PhotoSet, load_photos, photo_set, summary_of, synthetic_photos
-from classification.training import (
-    ClassifierRecipe,
-    accuracy,
-    check_recipe,
-    predict,
-    train_classifier,
-    wilson_interval,
-)
+from classification.probe import linear_probe
+from classification.simclr import train_simclr
+from classification.training import precision_on, predict, train_classifier, wilson_interval
 from costs import flops, latency, parameter_counts
 from studies import classifiers_report as report
+from studies.classifier_members import LATER, Member, members_of
 from utils import (
     HOME,
     InputError,
-    closest,
     digest,
     format_seconds,
     open_run,
@@ -52,8 +40,7 @@ from utils import (
 
 SYNTHETIC = HOME / "data"  # where the synthetic photographs are drawn
 FINISHED = "finished.json"  # written last: a network without it is trained again
-OWN_RECIPE = ("epochs", "batch_size", "learning_rate", "weight_decay")
-OF_A_NETWORK = ("name", "options", "family", "image_size", *OWN_RECIPE)
+MEASURED_BY = {"supervised": "its own head", "simclr": "linear probe"}
 MAY_GROW = ("networks", "seeds", "jobs")  # what was trained is looked after by each network's own settings
 
 
@@ -63,30 +50,41 @@ class ClassifiersConfig:
     Args:
         data: 'synthetic', or a folder with train/CLASS/ and val/CLASS/ (Imagenette's layout)
         image_size: side in pixels to which photographs are brought
-        networks: label -> name (of timm), options (of timm.create_model), family (where timm's is not known), and of
-            its own epochs, batch_size, learning_rate, weight_decay
+        networks: label -> name (of timm, or 'torchvision/NAME'), options (of timm.create_model), family (where it is
+            not known), and of its own objective, epochs, batch_size, learning_rate, weight_decay, smallest_crop,
+            temperature, colour
+        objective: supervised (class labels) or simclr (none), unless a network has its own
+        simclr: what is otherwise for networks with objective simclr, such as {epochs: 40, batch_size: 256}
         seeds: of the trainings
         epochs: passes over the training photographs, unless a network has its own
         batch_size: photographs a step
         learning_rate: the highest of the schedule (warm-up, then a cosine to 0)
         weight_decay: of AdamW
-        smallest_crop: area of the smallest random crop, as a share of the picture; 1 trains without augmentation
+        smallest_crop: area of the smallest random crop, as a share of the picture; 1 trains without crops and flips
+        temperature: of SimCLR's loss
+        colour: strength of SimCLR's colour jitter
+        precision: fp32, bf16, or auto: bf16 on a GPU, fp32 elsewhere
         limits: at most so many photographs a class, such as {train: 50, val: 20}, for quick runs
         synthetic_photos: photographs a class of the synthetic set, by split
         out: results folder; default results/classifiers-DATA
         device: auto, cpu or cuda
-        jobs: networks trained at a time, each in a process with its share of the cores
+        jobs: networks trained at a time, each in a process with its share of the cores; on one GPU they share it
     """
 
     data: str = "synthetic"
     image_size: int = 64
     networks: dict[str, dict] = field(default_factory=dict)
+    objective: str = "supervised"
+    simclr: dict[str, int | float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     epochs: int = 10
     batch_size: int = 64
     learning_rate: float = 0.002
     weight_decay: float = 0.05
     smallest_crop: float = 0.35
+    temperature: float = 0.5
+    colour: float = 0.5
+    precision: str = "auto"
     limits: dict[str, int] = field(default_factory=dict)
     synthetic_photos: dict[str, int] = field(default_factory=lambda: {"train": 40, "val": 20})
     out: str | None = None
@@ -96,25 +94,6 @@ class ClassifiersConfig:
     @property
     def is_synthetic(self) -> bool:
         return self.data == "synthetic"
-
-
-@dataclass(frozen=True)
-class Member:
-    """One network of the study, and all that its training depends on beside the photographs."""
-
-    label: str
-    family: str
-    spec: ClassifierSpec
-    recipe: ClassifierRecipe
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.label}--seed-{self.seed}"
-
-    def settings(self) -> dict:
-        """What must be the same for a finished network to be taken as this one."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 def run(config: ClassifiersConfig) -> Path:
@@ -186,38 +165,6 @@ def photo_folder(config: ClassifiersConfig) -> Path:
     return synthetic_photos(SYNTHETIC / f"synthetic-photos-{words}", counts, config.image_size)
 
 
-def members_of(config: ClassifiersConfig, classes: int) -> list[Member]:
-    """networks × seeds; names, options and recipes are checked here, options against each other when it is built."""
-    members = []
-    for label, settings in config.networks.items():
-        if not label or set(label) & set("/\\:") or label.startswith(".") or "--" in label:
-            raise InputError(f"networks: {label!r} names a folder, so it needs letters, and no slash, colon or '--'")
-        spec, recipe, family = _of_network(config, label, settings, classes)
-        members += [Member(label, family, spec, recipe, seed) for seed in config.seeds]
-    return members
-
-
-def _of_network(
-    config: ClassifiersConfig, label: str, settings: Mapping, classes: int
-) -> tuple[ClassifierSpec, ClassifierRecipe, str]:
-    for key in settings:
-        if key not in OF_A_NETWORK:
-            raise InputError(f"networks: {label}: unknown setting {key!r}; closest: {closest(key, OF_A_NETWORK)}")
-    if "name" not in settings:
-        raise InputError(f"networks: {label} has no name; give one of timm's, such as name: resnet18")
-    spec = ClassifierSpec(
-        settings["name"], dict(settings.get("options", {})), classes=classes, image_size=config.image_size
-    )
-    check_spec(spec)
-    own = {key: settings.get(key, getattr(config, key)) for key in OWN_RECIPE}
-    recipe = ClassifierRecipe(**own, smallest_crop=config.smallest_crop)
-    check_recipe(recipe, label)
-    family = settings.get("family") or family_of(spec.name)
-    if family not in FAMILIES:
-        raise InputError(f"networks: {label}: family {family!r} is none of {', '.join(FAMILIES)}")
-    return spec, recipe, family
-
-
 def _refuse_other_photos(folder: Path, photos: Mapping[str, PhotoSet]) -> None:
     known = folder / "data.json"
     if known.exists() and json.loads(known.read_text(encoding="utf-8")) != summary_of(photos):
@@ -237,12 +184,14 @@ def is_finished(folder: Path) -> bool:
 
 
 def networks(folder: Path) -> pd.DataFrame:
-    """label, family, seed and path of every finished network of a results folder, for the studies that use them."""
+    """label, family, seed, objective and path of every finished network of a results folder."""
     folder = Path(folder)
     rows = []
     for marker in sorted(folder.glob(f"networks/*/{FINISHED}")):
         settings = json.loads(marker.read_text(encoding="utf-8"))["settings"]
-        rows.append({key: settings[key] for key in ("label", "family", "seed")} | {"path": str(marker.parent)})
+        row = {key: settings[key] for key in ("label", "family", "seed")}
+        row["objective"] = (LATER | settings["recipe"])["objective"]
+        rows.append(row | {"path": str(marker.parent)})
     if not rows:
         raise InputError(f"{folder} holds no finished network; train some with `python experiments.py classifiers`")
     return pd.DataFrame(rows)
@@ -253,6 +202,7 @@ def refuse_other_network(folder: Path, member: Member) -> None:
     if not is_finished(folder):
         return
     there, now = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["settings"], member.settings()
+    there["recipe"] = LATER | there["recipe"]
     different = [key for key in now if there.get(key) != now[key]]
     if different:
         key = different[0]
@@ -273,6 +223,7 @@ def train_all(
             train_member(member, tensors, network_folder(folder, member), device)
         return
     threads = max(1, torch.get_num_threads() // jobs)
+    threads = min(2, threads) if device.type == "cuda" else threads  # the processes wait for the GPU, not for cores
     work = (
         joblib.delayed(train_member)(member, tensors, network_folder(folder, member), device, threads)
         for member in todo
@@ -287,17 +238,32 @@ def train_member(
     if threads is not None:
         torch.set_num_threads(threads)
     started = time.perf_counter()
-    model, history = train_classifier(member.spec, tensors["train"], tensors["val"], member.recipe, member.seed, device)
-    images, labels = tensors["val"]
-    logits = predict(model.to(device), images)
+    model, history = train_by(member.recipe.objective)(
+        member.spec, tensors["train"], tensors["val"], member.recipe, member.seed, device
+    )
+    answers = answers_of(model.to(device), tensors)
     seconds = time.perf_counter() - started
-    share = accuracy(logits, labels)
+    right, n = int((answers == tensors["val"][1]).sum()), len(answers)
     write_table(history, folder / "history.csv")
-    save_classifier(folder, model.cpu(), {"label": member.label, "family": member.family, "seed": member.seed})
-    found = {"right": round(share * len(labels)), "n": len(labels), "seconds": seconds}
-    found["answers"] = digest(logits.argmax(1).tolist())
+    about = {"label": member.label, "family": member.family, "seed": member.seed, "objective": member.recipe.objective}
+    save_classifier(folder, model.cpu(), about)
+    found = {"right": right, "n": n, "seconds": seconds, "answers": digest(answers.tolist())}
+    found["precision"] = precision_on(member.recipe, device)
     write_text(folder / FINISHED, json.dumps({"settings": member.settings(), "found": found}, indent=1) + "\n")
-    print(f"{member.name}: {share:.1%} of {len(labels)} photographs, {format_seconds(seconds)}", flush=True)
+    by = MEASURED_BY[member.recipe.objective]
+    print(f"{member.name}: {right / n:.1%} of {n} photographs ({by}), {format_seconds(seconds)}", flush=True)
+
+
+def train_by(objective: str) -> Callable:
+    """The function that trains by an objective."""
+    return {"supervised": train_classifier, "simclr": train_simclr}[objective]
+
+
+def answers_of(model: Classifier, tensors: Mapping) -> torch.Tensor:
+    """(N,) the class of every validation photograph: by the network's head, or without one by a linear probe."""
+    if model.spec.classes:
+        return predict(model, tensors["val"][0]).argmax(1)
+    return torch.from_numpy(linear_probe(model, tensors["train"], tensors["val"][0]))
 
 
 def row_of(member: Member, folder: Path) -> dict:
@@ -309,6 +275,8 @@ def row_of(member: Member, folder: Path) -> dict:
         "family": member.family,
         "name": member.spec.name,
         "seed": member.seed,
+        "objective": member.recipe.objective,
+        "measured_by": MEASURED_BY[member.recipe.objective],
         **_costs(folder, member.spec.image_size),
         "epochs": member.recipe.epochs,
         "top1": found["right"] / found["n"],
@@ -330,9 +298,9 @@ def _costs(folder: Path, image_size: int) -> dict[str, float]:
 
 
 def history_of(member: Member, folder: Path) -> pd.DataFrame:
-    """The learning curve of one network: label, family, seed, and the columns of `train_classifier`."""
+    """The learning curve of one network: label, family, seed, objective, and the columns of its training's history."""
     history = pd.read_csv(network_folder(folder, member) / "history.csv")
-    return history.assign(label=member.label, family=member.family, seed=member.seed)
+    return history.assign(label=member.label, family=member.family, seed=member.seed, objective=member.recipe.objective)
 
 
 # ---- estimate ---------------------------------------------------------------------------------------------------
@@ -358,8 +326,8 @@ def time_a_photo(member: Member, device: torch.device) -> tuple[float, float]:
     size, count = member.spec.image_size, member.recipe.batch_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(count) % member.spec.classes
+    photos = (images, torch.arange(count) % max(1, member.spec.classes))
     recipe = dataclasses.replace(member.recipe, epochs=2)
-    _, history = train_classifier(member.spec, (images, labels), (images, labels), recipe, 0, device)
+    _, history = train_by(recipe.objective)(member.spec, photos, photos, recipe, 0, device)
     both = float(history["seconds"].diff().iloc[-1]) / count
     return both * 0.75, both * 0.25  # a backward pass takes about twice a forward pass

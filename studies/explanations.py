@@ -17,6 +17,7 @@ from typing import Any
 import joblib
 import torch
 
+from classification.origins import SELF_SUPERVISED
 from explanations.agreement import FRACTION, SIGMA, SIMILARITIES
 from explanations.targets import WHICH
 from sources import ImageSource
@@ -204,6 +205,11 @@ def check_subjects(config: ExplanationsConfig, subjects: list[Subject]) -> None:
         if config.label is not None and not 0 <= config.label < config.num_classes:
             raise InputError(f"label {config.label} is none of the classes 0 to {config.num_classes - 1}")
         return
+    headless = next((subject.label for subject in subjects if subject.training == SELF_SUPERVISED), None)
+    if headless:
+        raise InputError(
+            f"{headless!r} was trained without labels and answers no class to explain; leave it out: leave_out"
+        )
     if config.cover != "centre" and not config.is_synthetic:
         raise InputError(f"cover {config.cover!r} needs masks, and photographs have none; use cover centre")
     if config.mask != "true" or config.label is not None:

@@ -180,8 +180,8 @@ def draw(
         curves,
         title="Is the best match at the same depth, and how much do networks share there?",
         caption=f"Pairs of networks of one training, encoder sites, {of}. Means over pairs; bars and bands: 95 %, "
-        f"leaving out one body at a time. Chance: mean distance with the sites of one network shuffled, {config.permutations} "
-        "times. Imbalance: mean of both directions at matched depth.",
+        "leaving out one body at a time. Chance: mean distance with the sites of one network shuffled, "
+        f"{config.permutations} times. Imbalance: mean of both directions at matched depth.",
         synthetic=synthetic,
     )
     steps = tables["steps"]
@@ -208,7 +208,7 @@ def draw(
         tables["networks"],
         title="What do sites keep of the image's statistics?",
         caption=f"Cross-validated R² of ridge regression on an encoder site's features, n = {n} images, "
-        f"{config.policy}, {config.folds} folds; means over networks, in tenths of the depth. Grey: untrained networks, "
+        f"{config.policy}, {config.folds} folds; means over networks, in tenths of the depth. Grey: untrained ones, "
         "from the lower to the higher family's mean.",
         synthetic=synthetic,
     )

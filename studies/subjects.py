@@ -20,6 +20,7 @@ from torch import nn
 
 from classification.classifiers import FAMILIES, ClassifierSpec, build_classifier, load_classifier
 from classification.classifiers import family_of as classifier_family
+from classification.origins import OBJECTIVES, SUPERVISED, TRAININGS, training_of
 from model_spec import TITLES, ModelSpec
 from models import load_model
 from recipes import TrainConfig, is_finished
@@ -43,8 +44,9 @@ class Subject:
     kind : 'segmentation' or 'classification'
     image_size : side of the square images that it was trained on
     folder : its checkpoint; None when `spec` says how to build it
-    classes : of a classifier trained here, in the order of its answers; () of one of ImageNet's
+    classes : of a classifier trained here, in the order of its answers; () of one of ImageNet's, or without a head
     source : the results folder that it is from
+    training : 'supervised', 'self-supervised' or 'segmentation'; when not said, what its kind is trained by as a rule
     """
 
     label: str
@@ -56,6 +58,11 @@ class Subject:
     spec: ClassifierSpec | None = None
     classes: tuple[str, ...] = ()
     source: Path | None = None
+    training: str = ""
+
+    def __post_init__(self):
+        if not self.training:
+            object.__setattr__(self, "training", SEGMENTATION if self.kind == SEGMENTATION else SUPERVISED)
 
     @property
     def name(self) -> str:
@@ -79,7 +86,8 @@ def subjects_of(
     """All networks of some results folders, and pretrained classifiers by name, without those of some labels.
 
     folders : results folder -> the labels that are wanted of it; none: all
-    pretrained : label -> fields of ClassifierSpec, of which `name` is needed and weights are ImageNet's when not said
+    pretrained : label -> fields of ClassifierSpec, of which `name` is needed and weights are ImageNet's when not said;
+        family and training where they are not known by the name
     """
     found = subjects_in(folders, pretrained, leave_out)
     _refuse_mixtures(found)
@@ -130,7 +138,7 @@ def networks_in(folder: Path) -> list[Subject]:
 
 def named(label: str, settings: dict) -> Subject:
     """A pretrained classifier by its name; its weights are fetched, or read from a file, when it is built."""
-    known = {field.name for field in fields(ClassifierSpec)} | {"family"}
+    known = {field.name for field in fields(ClassifierSpec)} | {"family", "training"}
     for key in settings:
         if key not in known:
             raise InputError(f"pretrained {label!r}: unknown setting {key!r}; closest: {closest(key, known)}")
@@ -139,8 +147,12 @@ def named(label: str, settings: dict) -> Subject:
     family = settings.pop("family", None) or classifier_family(settings["name"])
     if family not in FAMILIES:
         raise InputError(f"pretrained {label!r}: family {family!r} is none of {', '.join(FAMILIES)}")
-    spec = ClassifierSpec(**{"weights": "imagenet", "classes": 1000, "image_size": 224} | settings)
-    return Subject(label, family, None, CLASSIFICATION, spec.image_size, spec=spec)
+    training = settings.pop("training", None) or training_of(settings["name"])
+    if training not in TRAININGS:
+        raise InputError(f"pretrained {label!r}: training {training!r} is none of {', '.join(TRAININGS)}")
+    classes = 1000 if training == SUPERVISED else 0
+    spec = ClassifierSpec(**{"weights": "imagenet", "classes": classes, "image_size": 224} | settings)
+    return Subject(label, family, None, CLASSIFICATION, spec.image_size, spec=spec, training=training)
 
 
 def _of_grid(folder: Path) -> list[Subject]:
@@ -194,7 +206,12 @@ def _of_classifiers(folder: Path) -> list[Subject]:
         if not {"label", "family", "seed"} <= set(extra):
             raise InputError(f"{about} says no label, family and seed of the classifier; {REMEDY}")
         of = (extra["label"], extra["family"], extra["seed"], CLASSIFICATION, spec["image_size"])
-        found.append(Subject(*of, path.parent, classes=classes))
+        objective = extra.get("objective", "supervised")  # networks of before have none
+        if objective not in OBJECTIVES:
+            raise InputError(f"{about}: objective {objective!r} is none of {', '.join(OBJECTIVES)}; {REMEDY}")
+        training = OBJECTIVES[objective]
+        answers = classes if spec["classes"] else ()
+        found.append(Subject(*of, path.parent, classes=answers, training=training))
     return found
 
 
@@ -240,11 +257,11 @@ def _refuse_one_name(subjects: Sequence[Subject]) -> None:
         raise InputError(f"two networks are called {twice!r}; leave out one folder, or its label with leave_out")
     of_label: dict[str, tuple] = {}
     for subject in subjects:
-        own = (subject.family, subject.image_size, subject.source)
+        own = (subject.family, subject.image_size, subject.source, subject.training)
         if of_label.setdefault(subject.label, own) != own:
             raise InputError(
-                f"networks called {subject.label!r} differ in more than their seed (family, image size or results "
-                "folder), and would be each other's ceiling; leave one folder's out"
+                f"networks called {subject.label!r} differ in more than their seed (family, training, image size or "
+                "results folder), and would be each other's ceiling; leave one folder's out"
             )
 
 

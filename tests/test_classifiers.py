@@ -1,10 +1,12 @@
 """Classifiers: what they are built from, where they are listened to, how they are kept, and that they learn."""
 
 import json
+from urllib.error import URLError
 
 import pytest
 import timm
 import torch
+import torchvision
 from scipy.stats import binomtest
 
 from classification.classifiers import (
@@ -17,11 +19,14 @@ from classification.classifiers import (
     save_classifier,
     sites,
 )
+from classification.origins import training_of
 from classification.photos import load_photos, photo_set
+from classification.places import declared_sites
 from classification.training import (
     ClassifierRecipe,
     accuracy,
     crop_and_flip,
+    precision_on,
     predict,
     train_classifier,
     wilson_interval,
@@ -35,6 +40,7 @@ TINY = ClassifierSpec(
     "resnet18", {"channels": [4, 8, 8, 8], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 4}, image_size=32
 )
 CNNS = FOURTEEN[:9]
+TORCHVISION = "resnet18 mobilenet_v3_small efficientnet_b0 regnet_y_400mf densenet121 shufflenet_v2_x0_5 swin_t".split()
 HYBRIDS = ("coatnet_nano_rw_224", "maxvit_tiny_rw_224", "mobilevit_xxs", "mobilevitv2_050", "edgenext_xx_small")
 HYBRIDS += ("levit_128s", "efficientformer_l1", "fastvit_t8")
 
@@ -87,6 +93,12 @@ def test_the_same_seed_draws_the_same_weights():
         ({"options": {"wings": 2}}, "resnet18 cannot be built .*wings"),
         ({"normalization": "imagnet"}, "unknown normalization 'imagnet'; closest: 'imagenet'"),
         ({"weights": "imagenet"}, "answer 1000 classes, not 10"),
+        ({"weights": "pretrained"}, "set classes to 1000, or to 0 for its features"),
+        ({"name": "vit_small_patch14_dinov2.lvd142m", "options": {}, "weights": "pretrained"}, "set classes to 0"),
+        ({"name": "torchvision/resnet81"}, "unknown network .*closest: 'torchvision/resnet18'"),
+        ({"name": "torchvision/resnet18.IMAGENET1K_V2"}, "unknown weights .*closest: 'IMAGENET1K_V1'"),
+        ({"name": "torchvision/resnet18", "options": {"wings": 2}}, "cannot be built .*wings"),
+        ({"classes": -1}, "classes at least 0"),
         ({"weights": "nowhere.pth"}, "nowhere.pth does not exist"),
         ({"weights": "imagenet", "classes": 1000, "options": {}}, "give --weights a local file"),
     ],
@@ -165,6 +177,89 @@ def test_perturbing_one_image_changes_its_row_alone_at_every_site(name):
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrids_are_listened_to_as_well(name):
     check_sites(ClassifierSpec(name, image_size=224 if name.startswith("efficientformer") else 64))
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_networks_are_listened_to_under_their_own_names(name):
+    spec = ClassifierSpec(f"torchvision/{name}", image_size=64)
+    check_sites(spec)
+    assert family_of(spec.name) == ("transformer" if name.startswith("swin") else "CNN")
+
+
+def test_torchvisions_vision_transformer_has_one_token_before_the_patches():
+    options = {"num_layers": 2, "hidden_dim": 24, "mlp_dim": 24, "num_heads": 2}
+    with pytest.raises(InputError, match="cannot be built"):
+        build_classifier(ClassifierSpec("torchvision/vit_b_32", options, image_size=50))
+    body = torchvision.models.VisionTransformer(64, 16, **options)
+    assert [(site.prefix, site.strides) for site in declared_sites(body)] == [(1, (16,))] * 2
+    with torch.no_grad():
+        assert body.encoder(body._process_input(torch.rand(1, 3, 64, 64)).new_zeros(1, 17, 24)).shape == (1, 17, 24)
+
+
+def test_what_no_place_is_declared_for_is_refused_by_name():
+    with pytest.raises(InputError, match="torchvision's SqueezeNet is not declared"):
+        build_classifier(ClassifierSpec("torchvision/squeezenet1_1")).default_sites()
+
+
+# ---- without a head, and with torchvision's weights ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18", "torchvision/mobilenet_v3_small"])
+def test_without_classes_a_network_answers_what_its_last_layer_was_given(name):
+    whole = build_classifier(ClassifierSpec(name, image_size=32)).eval()
+    without = build_classifier(ClassifierSpec(name, classes=0, image_size=32)).eval()
+    own = without.state_dict()
+    without.load_state_dict({key: tensor for key, tensor in whole.state_dict().items() if key in own})
+    head = [module for module in whole.modules() if isinstance(module, torch.nn.Linear)][-1]
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(head(without(images)), whole(images))
+
+
+def test_torchvisions_weights_come_from_its_cache_with_their_own_colours(tmp_path, monkeypatch):
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    body = torchvision.models.resnet18()
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda *_args, **_options: body.state_dict())
+    spec = ClassifierSpec("torchvision/resnet18", {}, "pretrained", "none", 0, 32)
+    model = build_classifier(spec)
+    assert torch.equal(model.body.conv1.weight, body.conv1.weight)
+    assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])  # not the spec's
+    save_classifier(tmp_path, model)
+    again, _ = load_classifier(tmp_path)
+    assert torch.equal(again.body.layer4[1].conv2.weight, body.layer4[1].conv2.weight)
+
+
+def test_weights_of_torchvision_that_are_out_of_reach_are_named_with_their_place(monkeypatch):
+    def unreachable(*_args, **_options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", unreachable)
+    with pytest.raises(InputError, match=r"resnet18-\w+\.pth and put it here as .*checkpoints/resnet18-\w+\.pth"):
+        build_classifier(ClassifierSpec("torchvision/resnet18", {}, "pretrained", classes=1000))
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        ("resnet50.a1_in1k", "supervised"),
+        ("resnet50", "supervised"),
+        ("vit_base_patch16_224.augreg2_in21k_ft_in1k", "supervised"),
+        ("torchvision/swin_t", "supervised"),
+        ("vit_small_patch14_dinov2.lvd142m", "self-supervised"),
+        ("vit_base_patch16_224.mae", "self-supervised"),
+        ("vit_base_patch16_clip_224.openai", "self-supervised"),
+        ("vit_base_patch16_224.dino", "self-supervised"),
+        ("convnextv2_nano.fcmae", "self-supervised"),
+        ("convnextv2_nano.fcmae_ft_in1k", "supervised"),
+        ("vit_base_patch16_clip_224.openai_ft_in1k", "supervised"),
+    ],
+)
+def test_the_tag_of_its_weights_says_how_a_network_was_trained(name, training):
+    assert training_of(name) == training
+
+
+def test_a_tag_that_does_not_tell_asks_for_it_to_be_said():
+    with pytest.raises(InputError, match="say it: training"):
+        training_of("samvit_base_patch16.sa1b")
 
 
 # ---- in a folder ------------------------------------------------------------------------------------------------
@@ -246,13 +341,24 @@ def test_crops_show_a_part_of_the_picture_in_its_own_colours():
 
 def test_bad_recipes_and_photographs_are_refused():
     images, labels = colours(16)
-    for changes in ({"epochs": 0}, {"learning_rate": 0.0}, {"smallest_crop": 1.5}, {"warmup": 1.0}):
+    for changes in ({"epochs": 0}, {"learning_rate": 0.0}, {"smallest_crop": 1.5}, {"warmup": 1.0}, {"temperature": 0}):
         with pytest.raises(InputError, match=next(iter(changes))):
             train_classifier(TINY, (images, labels), (images, labels), ClassifierRecipe(**changes))
     with pytest.raises(InputError, match="labels run from 0 to 11"):
         train_classifier(TINY, (images, labels * 11), (images, labels), ClassifierRecipe(epochs=1))
     with pytest.raises(InputError, match=r"uint8 \(N, 3, 32, 32\)"):
         train_classifier(TINY, (images.float(), labels), (images, labels), ClassifierRecipe(epochs=1))
+
+
+def test_bfloat16_learns_as_well_and_auto_is_fp32_on_a_processor():
+    photos = colours()
+    recipe = ClassifierRecipe(epochs=8, batch_size=8, learning_rate=0.01, smallest_crop=0.5, precision="bf16")
+    model, _ = train_classifier(TINY, photos, photos, recipe)
+    assert accuracy(predict(model, photos[0]), photos[1]) > 0.9
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert precision_on(ClassifierRecipe(), torch.device("cpu")) == "fp32"
+    assert precision_on(ClassifierRecipe(), torch.device("cuda")) == "bf16"
+    assert precision_on(recipe, torch.device("cpu")) == "bf16"
 
 
 def test_a_loss_that_is_no_number_ends_the_training():

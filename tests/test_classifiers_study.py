@@ -7,12 +7,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 
-from classification.classifiers import load_classifier
+from classification.classifiers import load_classifier, sites
 from classification.photos import load_photos, photo_set, synthetic_photos
+from classification.probe import linear_probe
 from classification.training import predict
 from studies import classifiers
 from studies.classifiers import ClassifiersConfig, networks, prepare, run
+from studies.subjects import networks_in
 from utils import HOME, InputError, git_commit, read_settings
 
 RESNET = {
@@ -49,7 +52,7 @@ def test_a_run_trains_every_network_once_and_says_what_it_found(config, monkeypa
     images, labels = load_photos(photos, 32)
     for row, path in zip(table.itertuples(), networks(folder)["path"]):
         model, extra = load_classifier(path)
-        assert extra == {"label": row.label, "family": row.family, "seed": row.seed}
+        assert extra == {"label": row.label, "family": row.family, "seed": row.seed, "objective": "supervised"}
         right = int((predict(model, images).argmax(1) == labels).sum())
         assert row.n == 12 and row.top1 == pytest.approx(right / 12, abs=1e-5) and row.low <= row.top1 <= row.high
         assert row.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -124,6 +127,10 @@ def test_several_jobs_train_the_same_networks(config):
         ({"seeds": [0, 0]}, "different numbers"),
         ({"limits": {"test": 3}}, "limits"),
         ({"data": "nowhere"}, "nowhere does not exist"),
+        ({"objective": "simcrl"}, "objective 'simcrl' is none of supervised, simclr"),
+        ({"networks": {"A": {**RESNET, "objective": "byol"}}}, "A: objective 'byol'"),
+        ({"simclr": {"epoch": 3}}, "simclr: unknown setting 'epoch'; closest: 'epochs'"),
+        ({"precision": "fp8"}, "precision 'fp8'"),
         ({"jobs": 0}, "jobs must be at least 1"),
     ],
 )
@@ -142,7 +149,7 @@ def test_other_photographs_are_refused(config, tmp_path):
         run(config)
 
 
-@pytest.mark.parametrize("name", ["classifiers_demo", "classifiers_imagenette"])
+@pytest.mark.parametrize("name", ["classifiers_demo", "classifiers_imagenette", "processing_networks_demo"])
 def test_the_configs_build_their_networks(name):
     config = read_settings(ClassifiersConfig, "test", ["--config", str(HOME / "configs" / f"{name}.yaml")])
     members = classifiers.members_of(config, 10)
@@ -150,8 +157,68 @@ def test_the_configs_build_their_networks(name):
     assert families.count("CNN") == len(members) // 2 and len(members) == len(config.networks) * 2
     for member in members[::2]:
         model = classifiers.build_classifier(member.spec).eval()
-        assert model(torch.rand(1, 3, config.image_size, config.image_size)).shape == (1, 10)
+        assert model(torch.rand(1, 3, config.image_size, config.image_size)).shape[0] == 1
         assert len(model.default_sites()) >= 3
+
+
+def test_the_networks_of_processing_steps_have_steps_enough_and_travel_light():
+    path = HOME / "configs" / "processing_networks.yaml"
+    config = read_settings(ClassifiersConfig, "test", ["--config", str(path)])
+    members = classifiers.members_of(config, 10)
+    assert len(members) == 32 and config.seeds == [0, 1]
+    for objective, classes in (("supervised", 10), ("simclr", 0)):
+        chosen = [member for member in members if member.recipe.objective == objective]
+        assert [member.family for member in chosen] == ["CNN"] * 8 + ["transformer"] * 8
+        assert {member.spec.classes for member in chosen} == {classes}
+    for member in members[:16:2]:
+        model = classifiers.build_classifier(member.spec).eval()
+        assert 0.5e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.2e6, member.label
+        assert len(sites(model)) >= 9 and model(torch.rand(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_with_and_without_labels_are_trained_side_by_side(config, monkeypatch):
+    networks_of = {"ResNet": dict(RESNET), "ResNet SimCLR": {**RESNET, "objective": "simclr", "batch_size": 6}}
+    config = dataclasses.replace(config, networks=networks_of, seeds=[0], simclr={"epochs": 3, "batch_size": 4})
+    folder = run(config)
+    table = pd.read_csv(folder / "accuracy.csv").set_index("label")
+    assert table["measured_by"].to_dict() == {"ResNet": "its own head", "ResNet SimCLR": "linear probe"}
+    assert table["epochs"].to_dict() == {"ResNet": 2, "ResNet SimCLR": 3}
+    assert dict(zip(networks(folder)["label"], networks(folder)["objective"])) == table["objective"].to_dict()
+    first, second = networks_in(folder)
+    assert (first.training, second.training) == ("supervised", "self-supervised")
+    assert len(first.classes) == 4 and second.classes == () and second.folder.name == "ResNet SimCLR--seed-0"
+    assert second.load()(torch.rand(2, 3, 32, 32)).shape == (2, 8)
+    marker = json.loads((second.folder / "finished.json").read_text())
+    assert marker["settings"]["recipe"]["batch_size"] == 6 and marker["found"]["precision"] == "fp32"
+    photos = [load_photos(photo_set(next((folder.parent / "data").iterdir()), split), 32) for split in ("train", "val")]
+    right = (linear_probe(second.load(), photos[0], photos[1][0]) == photos[1][1].numpy()).mean()
+    assert table.loc["ResNet SimCLR", "top1"] == pytest.approx(right, abs=1e-5)
+    page = (folder / "summary.md").read_text()
+    assert "have seen no label" in page and "linear probe" in page
+    monkeypatch.setattr(classifiers, "train_simclr", None)
+    run(config)  # nothing is trained again
+    networks_of["ResNet SimCLR"].pop("objective")
+    with pytest.raises(InputError, match="finished with other settings"):
+        run(dataclasses.replace(config, networks=networks_of))
+
+
+def test_networks_of_before_objectives_are_still_finished(config):
+    config = dataclasses.replace(config, networks={"ResNet": dict(RESNET)}, seeds=[0])
+    folder = run(config)
+    marker = folder / "networks" / "ResNet--seed-0" / "finished.json"
+    kept = json.loads(marker.read_text())
+    for key in ("objective", "temperature", "colour", "precision"):
+        del kept["settings"]["recipe"][key]
+    marker.write_text(json.dumps(kept))
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    for key in ("objective", "simclr", "temperature", "colour", "precision"):
+        del settings[key]
+    settings["out"] = config.out
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    before = (folder / "networks" / "ResNet--seed-0" / "classifier.safetensors").stat().st_mtime_ns
+    run(config)
+    assert (folder / "networks" / "ResNet--seed-0" / "classifier.safetensors").stat().st_mtime_ns == before
+    assert list(networks(folder)["objective"]) == ["supervised"]
 
 
 def test_the_marker_holds_all_that_a_training_depends_on(config):

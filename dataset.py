@@ -2,7 +2,8 @@
 
 Images leave as RGB in [0, 1]: normalisation belongs to the model. Which files are a pair, and of which split, is in
 `layouts.py`; how a file becomes pixels, and their cache, in `images.py`; the archives in `download.py`. On the command
-line: `python dataset.py check --data FOLDER` and `python dataset.py download --dataset isic|pet --to FOLDER`.
+line: `python dataset.py check --data FOLDER`, `python dataset.py download --dataset isic|pet --to FOLDER` and
+`python dataset.py resplit --data FOLDER --to FOLDER …` (`resplit.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from download import DATASETS, SPLITS, fetch_dataset
 from images import IGNORE, Pair, Transform, cache_file, cached_pixels, duplicates, faults, prepare, read_or_fill
 from layouts import AUTO, IMAGE_SUFFIXES, cap, find_splits, recognise, scan, settle_classes
+from resplit import resplit
 from utils import InputError, digest
 
 __all__ = [
@@ -268,11 +270,14 @@ def _shares(counts: np.ndarray, names: Sequence[str], size: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The commands `check` and `download`; an InputError is one line on stderr and exit code 2."""
-    parser = ArgumentParser(description="Check or download a set of images and masks.")
+    """The commands `check`, `download` and `resplit`; an InputError is one line on stderr and exit code 2."""
+    parser = ArgumentParser(description="Check, download or deal anew a set of images and masks.")
     commands = parser.add_subcommands()
-    checking, fetching = (ArgumentParser(description=f.__doc__.splitlines()[0]) for f in (check, fetch_dataset))
+    checking, fetching, dealing = (
+        ArgumentParser(description=f.__doc__.splitlines()[0]) for f in (check, fetch_dataset, resplit)
+    )
     checking.add_function_arguments(check)
+    dealing.add_function_arguments(resplit)
     fetching.add_argument("--dataset", choices=tuple(DATASETS), default="isic", help="ISIC 2018 or Oxford-IIIT Pet")
     fetching.add_argument("--to", type=Path, required=True, help="folder to unpack into")
     fetching.add_argument("--splits", nargs="+", choices=SPLITS, help="which to fetch of ISIC; default: all three")
@@ -280,8 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fetching.add_argument("--keep-archives", action="store_true", help="keep each archive after unpacking it")
     commands.add_subcommand("check", checking, help=checking.description)
     commands.add_subcommand("download", fetching, help=fetching.description)
+    commands.add_subcommand("resplit", dealing, help=dealing.description)
     options = parser.parse_args(arguments)
-    chosen = {"check": check, "download": fetch_dataset}[options.subcommand]
+    chosen = {"check": check, "download": fetch_dataset, "resplit": resplit}[options.subcommand]
     try:
         return chosen(**options[options.subcommand].as_dict())
     except InputError as error:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from classification.places import declared_sites
 from similarity.hooks import list_sites
 from similarity.sites import IMAGE_AXES, Site, contract_axes, find_module, parse
 from utils import InputError, closest
@@ -60,6 +61,7 @@ DECODERS = {
         "decoder.fusion_block",
     ),
     "fcn": ("classifier.2",),
+    "all_mlp": ("decoder.levels.*", "decoder.fusion"),
 }
 # what each kind of module emits, first match wins
 _MASK2FORMER_AXES = (
@@ -97,7 +99,8 @@ def default_sites(model: nn.Module) -> list[Site]:
     The one-channel head is left out (its features are the prediction itself), and so is what is constant over images.
     """
     declared = _all_declared(model)
-    side = 64  # any size that every stride divides: only the order of firing is read off
+    # any size that every stride divides: only the order of firing is read off
+    side = getattr(model, "image_size", None) or 64
     if (patch := getattr(encoder_of(model), "patch", 1)) > 1:
         side = 4 * patch
     parameter = next(model.parameters())
@@ -122,7 +125,7 @@ def declare_site(model: nn.Module, name: str) -> Site:
     part = "encoder" if parse(resolved).path.startswith(encoder_path(model)) else "decoder"
     if model.spec.name == "mask2former":
         axes, strides = _mask2former_axes(resolved)
-    elif model.spec.name in ("segformer", "fcn") or parse(resolved).selectors:
+    elif model.spec.name in ("segformer", "fcn", "all_mlp") or parse(resolved).selectors:
         axes, strides = None, ()
     else:
         axes, strides = IMAGE_AXES, ()
@@ -171,11 +174,13 @@ def _all_declared(model: nn.Module) -> list[Site]:
         return _mask2former_sites(model)
     if model.spec.name == "segformer":
         return _segformer_sites(model)
-    encoder = _convolutional_encoder_blocks(encoder_of(model), encoder_path(model))
+    if model.spec.name == "all_mlp":
+        encoder = declared_sites(model.encoder, "encoder.")
+    else:
+        blocks = _convolutional_encoder_blocks(encoder_of(model), encoder_path(model))
+        encoder = [Site(name, IMAGE_AXES, part="encoder") for name in blocks]
     decoder = [name for pattern in DECODERS[model.spec.name] for name in _children_of(model, pattern)]
-    return [Site(name, IMAGE_AXES, part="encoder") for name in encoder] + [
-        Site(name, IMAGE_AXES, part="decoder") for name in decoder
-    ]
+    return encoder + [Site(name, IMAGE_AXES, part="decoder") for name in decoder]
 
 
 def _children_of(model: nn.Module, pattern: str) -> list[str]:

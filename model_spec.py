@@ -25,6 +25,7 @@ TITLES = {
     "segformer": "SegFormer",
     "segformer_smp": "SegFormer decoder (smp)",
     "upernet": "UPerNet",
+    "all_mlp": "All-MLP",
 }
 
 
@@ -35,9 +36,10 @@ class ModelSpec:
     name : one of `TITLES`
     preset : a preset of that name; for unet, unetpp, fpn, deeplabv3plus, segformer_smp and upernet also any encoder of
         segmentation-models-pytorch; for mask2former (Swin-based) and segformer also a hub name or a local folder in
-        the hub's format
+        the hub's format; for all_mlp also any network of timm
     weights : 'none' (random), 'imagenet' (the pretrained ones of the preset, from the hub or its local cache), or a
-        file: encoder or whole-model state as safetensors or legacy .pth; for mask2former and segformer also a folder
+        file: encoder or whole-model state as safetensors or legacy .pth; for mask2former and segformer also a folder;
+        for all_mlp also the folder of a classifier that was trained here
     normalization : 'imagenet', 'half', 'clip' or 'none', see NORMALIZATIONS
     freeze : 'encoder' (its parameters do not train, and it stays in eval mode) or 'encoder_statistics', see `freeze`
     answer : what `lesion_logits` means for Mask2Former: 'semantic', or 'query:1' (the earlier study's objective)

@@ -22,6 +22,7 @@ import dense_decoder
 import dense_models
 import mask2former_model
 import model_sites
+import timm_bodies
 import vit_encoders
 from answers import class_logits as class_logits  # asked for beside building a model
 from answers import decided as decided
@@ -42,7 +43,10 @@ from weights import load_state
 FREEZABLE = ("encoder", "encoder_statistics")
 _OF_TRANSFORMERS = {"mask2former": Mask2FormerForUniversalSegmentation, "segformer": SegformerForSemanticSegmentation}
 POOLS_WHOLE_IMAGES = ("deeplabv3plus", "upernet")
-_BUILDERS = dense_models.BUILDERS | {"mask2former": mask2former_model.build_mask2former}
+_BUILDERS = dense_models.BUILDERS | {
+    "mask2former": mask2former_model.build_mask2former,
+    "all_mlp": timm_bodies.build_all_mlp,
+}
 
 
 def build_model(spec: ModelSpec, seed: int = 0) -> nn.Module:
@@ -67,6 +71,8 @@ def encoder_name(spec: ModelSpec) -> str:
     if spec.name == "mask2former":
         encoder = spec.options.get("encoder", {})
         return encoder.get("cnn") or encoder.get("vit") or "swin"
+    if spec.name == "all_mlp":
+        return timm_bodies.network_of(spec)
     return known.get(spec.name) or dense_models.encoder_name(spec)
 
 
@@ -117,6 +123,12 @@ def check_image_size(model: nn.Module, height: int, width: int, images: int = 2)
                 "use --image_size 64 or more"
             )
         return
+    built_for = getattr(model, "image_size", None)
+    if built_for and (height, width) != (built_for, built_for):
+        raise InputError(
+            f"{model.spec.name} on {model.spec.preset} was built for images of {built_for}×{built_for} pixels, got "
+            f"{height}×{width}; use --image_size {built_for}, or set image_size among its options"
+        )
     stride = getattr(getattr(model, "encoder", None), "output_stride", 1)
     if height % stride or width % stride:
         raise InputError(

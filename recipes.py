@@ -28,15 +28,17 @@ class Recipe:
     """A model and how it is trained.
 
     Args:
-        model: unetpp, mask2former, fcn, unet, fpn, deeplabv3plus, segformer, segformer_smp or upernet
+        model: unetpp, mask2former, fcn, unet, fpn, deeplabv3plus, segformer, segformer_smp, upernet or all_mlp
         preset: demo, smoke, isic2018, …; for models of segmentation-models-pytorch any of its encoders; for mask2former
-            swin_tiny, or any Swin-based hub name; for segformer any hub name
-        weights: none, imagenet (the preset's pretrained ones), or a file
+            swin_tiny, or any Swin-based hub name; for segformer any hub name; for all_mlp any network of timm
+        weights: none, imagenet (the preset's pretrained ones), or a file; for all_mlp also the folder of a classifier
+            that was trained here
         normalization: of the input: imagenet, half, clip or none
         freeze: roles of modules that do not train: encoder
         answer: Mask2Former's lesion: semantic, or query:1 (the earlier study's)
         options: overrides of the preset, e.g. {"encoder_name": "mobilenet_v2"}; for mask2former also another encoder,
-            e.g. {"encoder": {"vit": "dinov2_s14", "neck": "taps"}} or {"encoder": {"cnn": "mobilenet_v2"}}
+            e.g. {"encoder": {"vit": "dinov2_s14", "neck": "taps"}} or {"encoder": {"cnn": "mobilenet_v2"}}; for all_mlp
+            of the body, such as {"body": {"depths": [1, 1, 2, 1]}, "image_size": 64}
         loss: scaled_dice, dice_bce (for a lesion), ce_dice (for several classes), set (Mask2Former's own); auto is set
             for mask2former, else dice_bce or ce_dice
         epochs: passes over the training images

@@ -39,6 +39,7 @@ class GridConfig(TrainConfig):
         skip: combinations that are left out, such as [{"encoder": "clip", "fraction": [0.05]}]
         same_steps: whether cells on a fraction of the images see them so much oftener, to make equally many steps
         target: a validation IoU; the first epoch that reaches it is reported
+        weights: as of one training; braces stand for the cell's label on an axis, as in FOLDER/{body}--seed-{seed}
         pretrained: encoder -> settings that take the place of `weights: imagenet` for it, such as
             {"mobilenet_v2": {"weights": "FILE", "normalization": "half"}}
         transfer: name -> settings of other images ({"data": …, "layout": …}) whose test images every network is scored
@@ -200,6 +201,7 @@ def estimate_cell(
 ) -> float:
     """Seconds that a cell may take, from timed steps of its model; one of each kind is timed and kept in `known`."""
     job = jobs[cell.name]
+    job = dataclasses.replace(job, weights="none")  # which ones makes no step longer
     kind = kind_of(job, job.batch_size)
     if kind not in known:
         data = datasets["train"]

@@ -24,7 +24,7 @@ from inference import image_scores, predict
 from models import decided, encoder_name, load_model
 from recipes import TrainConfig, for_overfit
 from sources import CHOICE_OF_IMAGES, ImageSource, check_source, open_datasets
-from studies.cells import Cell, merged
+from studies.cells import Cell, merged, text_of
 from train import train
 from utils import HOME, InputError, progress, resolve_device, write_table, write_text
 
@@ -35,7 +35,7 @@ def job_of(config, cell: Cell, folder: Path) -> TrainConfig:
     """The training of a cell: the study's settings with the cell's changes.
 
     A cell on a fraction draws it by its own seed, and with `same_steps` sees its images so much oftener. Where it asks
-    for ImageNet weights and `pretrained` has a file of them, the file is taken.
+    for ImageNet weights and `pretrained` has a file of them, the file is taken. Braces in weights: `named_weights`.
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     job = TrainConfig(**merged({name: getattr(config, name) for name in names}, cell.changes))
@@ -49,8 +49,19 @@ def job_of(config, cell: Cell, folder: Path) -> TrainConfig:
     if job.weights == "imagenet":
         for key, value in config.pretrained.get(encoder_name(job.spec), {}).items():
             setattr(job, key, value)
+    job.weights = named_weights(job.weights, cell)
     job.out = str(folder / "run")
     return job
+
+
+def named_weights(weights: str, cell: Cell) -> str:
+    """'…/{body}--seed-{seed}' with a cell's own labels: weights that depend on more than one axis."""
+    try:
+        return weights.format(**{axis: text_of(label) for axis, label in cell.labels.items()})
+    except (KeyError, IndexError, ValueError) as error:
+        raise InputError(
+            f"weights {weights!r}: braces hold the name of an axis ({', '.join(cell.labels)}), not {error}"
+        ) from error
 
 
 def work(cell: Cell, folder: Path, config) -> None:

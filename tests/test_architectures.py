@@ -1,4 +1,4 @@
-"""Nine architectures by one name each: what they answer, where they are listened to, how they are saved and learn."""
+"""Ten architectures by one name each: what they answer, where they are listened to, how they are saved and learn."""
 
 import dataclasses
 

@@ -61,7 +61,9 @@ class AllMLPDecoder(nn.Module):
 
     def __init__(self, widths: list[int], channels: int, classes: int) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, channels, 1)) for width in widths)
+        self.levels = nn.ModuleList(
+            nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, channels, 1)) for width in widths
+        )
         fusing = nn.Conv2d(channels * len(widths), channels, 1, bias=False)
         self.fusion = nn.Sequential(fusing, nn.BatchNorm2d(channels), nn.ReLU())
         self.classifier = nn.Conv2d(channels, classes, 1)

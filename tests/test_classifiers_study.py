@@ -208,11 +208,11 @@ def test_networks_of_before_objectives_are_still_finished(config):
     folder = run(config)
     marker = folder / "networks" / "ResNet--seed-0" / "finished.json"
     kept = json.loads(marker.read_text())
-    for key in ("objective", "temperature", "colour", "precision"):
+    for key in ("objective", "temperature", "jitter", "precision"):
         del kept["settings"]["recipe"][key]
     marker.write_text(json.dumps(kept))
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    for key in ("objective", "simclr", "temperature", "colour", "precision"):
+    for key in ("objective", "simclr", "temperature", "jitter", "precision"):
         del settings[key]
     settings["out"] = config.out
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))

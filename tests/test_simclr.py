@@ -77,7 +77,7 @@ def test_the_loss_falls_and_labels_are_not_looked_at():
     labels = torch.arange(64) % 2
     tints = torch.randint(0, 256, (64, 3, 1, 1), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     images = tints.expand(-1, -1, 32, 32).contiguous()  # a colour each tells pictures apart, as long as it stays
-    recipe = ClassifierRecipe(epochs=12, batch_size=32, learning_rate=0.003, objective="simclr", colour=0)
+    recipe = ClassifierRecipe(epochs=12, batch_size=32, learning_rate=0.003, objective="simclr", jitter=0)
     model, history = train_simclr(BODY, (images, labels), (images, labels), recipe)
     assert history["val_loss"].iloc[-1] < 0.9 * history["val_loss"].iloc[0] < 0.9 * math.log(63)
     assert list(history.columns) == ["epoch", "learning_rate", "train_loss", "val_loss", "seconds"]

@@ -71,6 +71,7 @@ LATER_SETTINGS = {
     "objective": "supervised",
     "simclr": {},
     "temperature": 0.5,
+    "jitter": 0.5,
     "precision": "auto",
 }
 # What a killed process leaves beside its results: its lock, and a file that it was writing (see `atomic_path`).

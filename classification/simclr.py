@@ -107,7 +107,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 
 def view(pictures: Tensor, recipe: ClassifierRecipe, generator: torch.Generator) -> Tensor:
     """One random view of every picture (B, 3, H, W) in [0, 1]."""
-    return recolour(crop_and_flip(pictures, recipe.smallest_crop, generator), recipe.colour, generator)
+    return recolour(crop_and_flip(pictures, recipe.smallest_crop, generator), recipe.jitter, generator)
 
 
 def recolour(pictures: Tensor, strength: float, generator: torch.Generator) -> Tensor:

@@ -44,7 +44,7 @@ class ClassifierRecipe:
     clip_norm : gradients are scaled down to this length
     objective : 'supervised' (class labels) or 'simclr' (none: two views of a picture are to be alike, see `simclr`)
     temperature : of SimCLR's loss
-    colour : strength of SimCLR's colour jitter; 0 leaves colours as they are
+    jitter : strength of SimCLR's colour jitter; 0 leaves colours as they are
     precision : 'fp32', 'bf16' (autocast to bfloat16), or 'auto': bf16 on a GPU, fp32 elsewhere
     """
 
@@ -58,7 +58,7 @@ class ClassifierRecipe:
     clip_norm: float = 1.0
     objective: str = "supervised"
     temperature: float = 0.5
-    colour: float = 0.5
+    jitter: float = 0.5
     precision: str = "auto"
 
 
@@ -74,8 +74,8 @@ def check_recipe(recipe: ClassifierRecipe, name: str = "recipe") -> None:
     for key in ("label_smoothing", "warmup"):
         if not 0 <= getattr(recipe, key) < 1:
             raise InputError(f"{name}: {key} must be at least 0 and below 1, got {getattr(recipe, key)}")
-    if recipe.smallest_crop > 1 or recipe.weight_decay < 0 or recipe.colour < 0:
-        raise InputError(f"{name}: smallest_crop is at most 1, weight_decay and colour at least 0")
+    if recipe.smallest_crop > 1 or recipe.weight_decay < 0 or recipe.jitter < 0:
+        raise InputError(f"{name}: smallest_crop is at most 1, weight_decay and jitter at least 0")
     for key, known in {"objective": OBJECTIVES, "precision": PRECISIONS}.items():
         if getattr(recipe, key) not in known:
             raise InputError(f"{name}: {key} {getattr(recipe, key)!r} is none of {', '.join(known)}")

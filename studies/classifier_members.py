@@ -12,10 +12,10 @@ from classification.origins import OBJECTIVES
 from classification.training import ClassifierRecipe, check_recipe
 from utils import InputError, closest
 
-OWN_RECIPE = ("epochs", "batch_size", "learning_rate", "weight_decay", "smallest_crop", "temperature", "colour")
+OWN_RECIPE = ("epochs", "batch_size", "learning_rate", "weight_decay", "smallest_crop", "temperature", "jitter")
 OF_A_NETWORK = ("name", "options", "family", "image_size", "objective", *OWN_RECIPE)
 # settings of a recipe that networks of before do not know, and what they were trained with
-LATER = {"objective": "supervised", "temperature": 0.5, "colour": 0.5, "precision": "auto"}
+LATER = {"objective": "supervised", "temperature": 0.5, "jitter": 0.5, "precision": "auto"}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class ClassifiersConfig:
         image_size: side in pixels to which photographs are brought
         networks: label -> name (of timm, or 'torchvision/NAME'), options (of timm.create_model), family (where it is
             not known), and of its own objective, epochs, batch_size, learning_rate, weight_decay, smallest_crop,
-            temperature, colour
+            temperature, jitter
         objective: supervised (class labels) or simclr (none), unless a network has its own
         simclr: what is otherwise for networks with objective simclr, such as {epochs: 40, batch_size: 256}
         seeds: of the trainings
@@ -62,7 +62,7 @@ class ClassifiersConfig:
         weight_decay: of AdamW
         smallest_crop: area of the smallest random crop, as a share of the picture; 1 trains without crops and flips
         temperature: of SimCLR's loss
-        colour: strength of SimCLR's colour jitter
+        jitter: strength of SimCLR's colour jitter
         precision: fp32, bf16, or auto: bf16 on a GPU, fp32 elsewhere
         limits: at most so many photographs a class, such as {train: 50, val: 20}, for quick runs
         synthetic_photos: photographs a class of the synthetic set, by split
@@ -83,7 +83,7 @@ class ClassifiersConfig:
     weight_decay: float = 0.05
     smallest_crop: float = 0.35
     temperature: float = 0.5
-    colour: float = 0.5
+    jitter: float = 0.5
     precision: str = "auto"
     limits: dict[str, int] = field(default_factory=dict)
     synthetic_photos: dict[str, int] = field(default_factory=lambda: {"train": 40, "val": 20})

@@ -39,10 +39,10 @@ def summary(folder: Path, table: pd.DataFrame, data: Mapping, config) -> str:
             _kind_of_data(config, data),
             f"{len(table)} networks: {_ranges(table)}.\n",
             markdown_table(*_accuracies(table)),
-            f"Top-1 on {int(table['n'].iloc[0])} validation photographs, {INTERVALS}.{_probed(table)} "
-            "Nothing was chosen on these photographs: every network is the one after its last epoch, and epochs and learning rates are as in "
-            "config.yaml. GFLOPs are 10^9 operations of one photograph, two a multiply-accumulate, of matrix products "
-            "and convolutions; ms is a photograph's share of a batch of 16, on this machine.\n",
+            f"Top-1 on {int(table['n'].iloc[0])} validation photographs, {INTERVALS}.{_probed(table)} Nothing was "
+            "chosen on these photographs: every network is the one after its last epoch, and epochs and learning rates "
+            "are as in config.yaml. GFLOPs are 10^9 operations of one photograph, two a multiply-accumulate, of matrix "
+            "products and convolutions; ms is a photograph's share of a batch of 16, on this machine.\n",
             "![learning curves](learning_curves.png)\n",
             _stamp(folder, data),
         ]

@@ -14,7 +14,7 @@ from recipes import TrainConfig
 from studies.cells import cells_of
 from utils import write_text
 
-RESNET = {"channels": [4, 8, 8, 8], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 4}
+RESNET = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8}
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 SMALL = {"preset": "smoke", "image_size": 32, "epochs": 2, "synthetic_size": 64}
 SMALL |= {"synthetic_images": {"Training": 4, "Validation": 2, "Test": 10}}

@@ -37,10 +37,12 @@ from similarity.hooks import Listener
 from utils import InputError
 
 TINY = ClassifierSpec(
-    "resnet18", {"channels": [4, 8, 8, 8], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 4}, image_size=32
+    "resnet18",
+    {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8},
+    image_size=32,
 )
 CNNS = FOURTEEN[:9]
-TORCHVISION = "resnet18 mobilenet_v3_small efficientnet_b0 regnet_y_400mf densenet121 shufflenet_v2_x0_5 swin_t".split()
+TORCHVISION = ("resnet18", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5", "efficientnet_b0", "swin_t")
 HYBRIDS = ("coatnet_nano_rw_224", "maxvit_tiny_rw_224", "mobilevit_xxs", "mobilevitv2_050", "edgenext_xx_small")
 HYBRIDS += ("levit_128s", "efficientformer_l1", "fastvit_t8")
 

@@ -20,7 +20,7 @@ from utils import HOME, InputError, git_commit, read_settings
 
 RESNET = {
     "name": "resnet18",
-    "options": {"channels": [4, 8, 8, 8], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 4},
+    "options": {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8},
 }
 VIT = {
     "name": "vit_tiny_patch16_224",
@@ -177,27 +177,28 @@ def test_the_networks_of_processing_steps_have_steps_enough_and_travel_light():
 
 
 def test_with_and_without_labels_are_trained_side_by_side(config, monkeypatch):
-    networks_of = {"ResNet": dict(RESNET), "ResNet SimCLR": {**RESNET, "objective": "simclr", "batch_size": 6}}
+    vit = {key: VIT[key] for key in ("name", "options")}
+    networks_of = {"ViT": dict(vit), "ViT SimCLR": {**vit, "objective": "simclr", "batch_size": 6}}
     config = dataclasses.replace(config, networks=networks_of, seeds=[0], simclr={"epochs": 3, "batch_size": 4})
     folder = run(config)
     table = pd.read_csv(folder / "accuracy.csv").set_index("label")
-    assert table["measured_by"].to_dict() == {"ResNet": "its own head", "ResNet SimCLR": "linear probe"}
-    assert table["epochs"].to_dict() == {"ResNet": 2, "ResNet SimCLR": 3}
+    assert table["measured_by"].to_dict() == {"ViT": "its own head", "ViT SimCLR": "linear probe"}
+    assert table["epochs"].to_dict() == {"ViT": 2, "ViT SimCLR": 3}
     assert dict(zip(networks(folder)["label"], networks(folder)["objective"])) == table["objective"].to_dict()
-    first, second = networks_in(folder)
+    second, first = networks_in(folder)  # by name
     assert (first.training, second.training) == ("supervised", "self-supervised")
-    assert len(first.classes) == 4 and second.classes == () and second.folder.name == "ResNet SimCLR--seed-0"
-    assert second.load()(torch.rand(2, 3, 32, 32)).shape == (2, 8)
+    assert len(first.classes) == 4 and second.classes == () and second.folder.name == "ViT SimCLR--seed-0"
+    assert second.load()(torch.rand(2, 3, 32, 32)).shape == (2, 24)
     marker = json.loads((second.folder / "finished.json").read_text())
     assert marker["settings"]["recipe"]["batch_size"] == 6 and marker["found"]["precision"] == "fp32"
     photos = [load_photos(photo_set(next((folder.parent / "data").iterdir()), split), 32) for split in ("train", "val")]
     right = (linear_probe(second.load(), photos[0], photos[1][0]) == photos[1][1].numpy()).mean()
-    assert table.loc["ResNet SimCLR", "top1"] == pytest.approx(right, abs=1e-5)
+    assert table.loc["ViT SimCLR", "top1"] == pytest.approx(right, abs=1e-5)
     page = (folder / "summary.md").read_text()
     assert "have seen no label" in page and "linear probe" in page
     monkeypatch.setattr(classifiers, "train_simclr", None)
     run(config)  # nothing is trained again
-    networks_of["ResNet SimCLR"].pop("objective")
+    networks_of["ViT SimCLR"].pop("objective")
     with pytest.raises(InputError, match="finished with other settings"):
         run(dataclasses.replace(config, networks=networks_of))
 
@@ -207,11 +208,11 @@ def test_networks_of_before_objectives_are_still_finished(config):
     folder = run(config)
     marker = folder / "networks" / "ResNet--seed-0" / "finished.json"
     kept = json.loads(marker.read_text())
-    for key in ("objective", "temperature", "colour", "precision"):
+    for key in ("objective", "temperature", "jitter", "precision"):
         del kept["settings"]["recipe"][key]
     marker.write_text(json.dumps(kept))
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    for key in ("objective", "simclr", "temperature", "colour", "precision"):
+    for key in ("objective", "simclr", "temperature", "jitter", "precision"):
         del settings[key]
     settings["out"] = config.out
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -74,10 +74,12 @@ def test_a_grey_picture_has_the_brightness_of_its_colours():
 
 
 def test_the_loss_falls_and_labels_are_not_looked_at():
-    images, labels = colours(64)
-    recipe = ClassifierRecipe(epochs=8, batch_size=32, learning_rate=0.003, objective="simclr", smallest_crop=0.5)
+    labels = torch.arange(64) % 2
+    tints = torch.randint(0, 256, (64, 3, 1, 1), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    images = tints.expand(-1, -1, 32, 32).contiguous()  # a colour each tells pictures apart, as long as it stays
+    recipe = ClassifierRecipe(epochs=12, batch_size=32, learning_rate=0.003, objective="simclr", jitter=0)
     model, history = train_simclr(BODY, (images, labels), (images, labels), recipe)
-    assert history["val_loss"].iloc[-1] < history["val_loss"].iloc[0] < math.log(63)
+    assert history["val_loss"].iloc[-1] < 0.9 * history["val_loss"].iloc[0] < 0.9 * math.log(63)
     assert list(history.columns) == ["epoch", "learning_rate", "train_loss", "val_loss", "seconds"]
     other, _ = train_simclr(BODY, (images, 1 - labels), (images, labels), recipe)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))

@@ -91,7 +91,9 @@ def _link(source: Path, target: Path) -> bool:
         os.link(source.resolve(), target)
     except OSError as error:
         if error.errno not in NO_LINKS:
-            raise InputError(f"{target} cannot be written ({error.strerror}); choose another folder with --to") from error
+            raise InputError(
+                f"{target} cannot be written ({error.strerror}); choose another folder with --to"
+            ) from error
         with atomic_path(target) as temporary:
             shutil.copyfile(source, temporary)
         return True

@@ -87,6 +87,8 @@ def test_the_command_line_wins_wherever_the_yaml_is_named():
 def test_every_yaml_parses_and_settles(path):
     study = "segmentation" if path.stem == "ablation" else path.stem.partition("_")[0]
     study = study if study in experiments.STUDIES else "universality"
+    if path.stem.startswith(("processing_segmentation", "processing_universality")):
+        study = "architectures"
     config = experiments.load_config(study, ["--config", str(path)])
     stored = yaml.safe_load(path.read_text())
     for key in set(stored) - {"models", "pairs"}:

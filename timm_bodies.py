@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from classification.classifiers import MOBILENET, ClassifierSpec, is_sized, load_classifier
+from classification.classifiers import ClassifierSpec, is_sized, load_classifier
 from classification.classifiers import _timm_body as timm_body
 from model_spec import NORMALIZATIONS, ModelSpec, refuse_unknown_options
 from utils import InputError, pick
@@ -25,8 +25,8 @@ LEVELS = 4  # taps at most, as SegFormer has stages
 BODY_PRESETS = {
     "smoke": {
         "network": "resnet18",
-        "body": {"channels": [8, 16, 16, 24], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8},
-        "decoder_channels": 16,
+        "body": {"channels": [16, 16, 24, 32], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8},
+        "decoder_channels": 32,
     },
     "demo": {
         "network": "resnet18",
@@ -89,8 +89,8 @@ def build_all_mlp(spec: ModelSpec) -> nn.Module:
     options.pop("network", None)
     refuse_unknown_options(options, _OPTIONS)
     name, size = network_of(spec), options["image_size"]
-    if name == MOBILENET:
-        raise InputError(f"{name} is no network of timm, whose bodies answer feature maps; use mobilenetv2_100")
+    if name.startswith("torchvision/"):
+        raise InputError(f"{name} is not timm's, whose bodies answer feature maps; use one of those, such as resnet18")
     body_spec = ClassifierSpec(name, options["body"], classes=1, image_size=size)
     body = timm_body(body_spec, spec.weights == "imagenet")
     everything = set(body.state_dict())

@@ -153,10 +153,13 @@ def confusions(grid: FinishedGrid) -> pd.DataFrame:
 
 
 def starts_of(grid: FinishedGrid) -> dict[str, str]:
-    """label -> what its encoder started from: the weights setting in a word, or the name of its file."""
+    """label -> what its encoder started from: the weights setting in a word, or the names of its file or files."""
     words = {"none": RANDOM, "imagenet": "ImageNet"}
-    weights = {grid_tables.label_of(cell): grid.jobs[cell.name].weights for cell in grid.cells}
-    return {label: words.get(start) or Path(start).name for label, start in weights.items()}
+    found: dict[str, list[str]] = {}
+    for cell in grid.cells:
+        start = grid.jobs[cell.name].weights
+        found.setdefault(grid_tables.label_of(cell), []).append(words.get(start) or Path(start).name)
+    return {label: ", ".join(dict.fromkeys(starts)) for label, starts in found.items()}
 
 
 def write_page(grid: FinishedGrid, question: str, overview: pd.DataFrame, more: str) -> None:

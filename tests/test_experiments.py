@@ -88,6 +88,8 @@ def test_every_yaml_parses_and_settles(path):
     study = "segmentation" if path.stem == "ablation" else path.stem.partition("_")[0]
     study = "classifiers" if path.stem.startswith("processing_networks") else study
     study = study if study in experiments.STUDIES else "universality"
+    if path.stem.startswith(("processing_segmentation", "processing_universality")):
+        study = "architectures"
     config = experiments.load_config(study, ["--config", str(path)])
     stored = yaml.safe_load(path.read_text())
     for key in set(stored) - {"models", "pairs"}:

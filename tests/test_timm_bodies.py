@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from made_networks import RESNET, VIT, classifiers_of
 from safetensors.torch import save_file
 
@@ -17,7 +18,7 @@ from studies.cells import cells_of
 from studies.encoders import EncodersConfig
 from studies.families import family_of
 from studies.grid_work import job_of
-from utils import InputError
+from utils import HOME, InputError
 
 DEEP = {"patch_size": 8, "embed_dim": 24, "depth": 12, "num_heads": 2}
 BODIES = {  # network -> (its options, strides of its taps at 64 px)
@@ -167,3 +168,21 @@ def test_a_grids_weights_may_be_named_by_its_axes(tmp_path):
     assert [job.weights for job in jobs] == ["in/Conv--seed-0", "in/Conv--seed-1"]
     with pytest.raises(InputError, match=r"braces hold the name of an axis \(body, start\), not 'seed'"):
         job_of(config, cells_of(axes)[0], tmp_path)
+
+
+def bodies_in(name: str, place: str) -> dict[str, tuple]:
+    """label -> (network of timm, its options) in a YAML of either study."""
+    settings = yaml.safe_load((HOME / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if place == "networks":
+        return {label: (each["name"], each.get("options", {})) for label, each in settings["networks"].items()}
+    bodies = settings["axes"]["body"]
+    return {label: (each["preset"], each.get("options", {}).get("body", {})) for label, each in bodies.items()}
+
+
+@pytest.mark.parametrize("name", ["processing_{}", "processing_{}_demo"])
+def test_the_networks_that_are_fine_tuned_are_those_that_were_taught_to_classify(name):
+    path = HOME / "configs" / f"{name.format('networks')}.yaml"
+    if not path.exists():
+        pytest.skip(f"there is no {path.name}")
+    classifiers, bodies = bodies_in(path.stem, "networks"), bodies_in(name.format("segmentation"), "body")
+    assert bodies == {label: classifiers[label] for label in bodies}

@@ -250,9 +250,14 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "system": platform.system(),
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
     }
+
+
+def device_name(device: torch.device) -> str:
+    """'cpu', or what the GPU is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def refuse_other_run(folder: Path, config: Mapping, may_differ: Sequence[str] = ()) -> None:

@@ -29,6 +29,7 @@ from studies.classifier_members import LATER, Member, members_of
 from utils import (
     HOME,
     InputError,
+    device_name,
     digest,
     format_seconds,
     open_run,
@@ -248,7 +249,7 @@ def train_member(
     about = {"label": member.label, "family": member.family, "seed": member.seed, "objective": member.recipe.objective}
     save_classifier(folder, model.cpu(), about)
     found = {"right": right, "n": n, "seconds": seconds, "answers": digest(answers.tolist())}
-    found["precision"] = precision_on(member.recipe, device)
+    found |= {"precision": precision_on(member.recipe, device), "device": device_name(device)}
     write_text(folder / FINISHED, json.dumps({"settings": member.settings(), "found": found}, indent=1) + "\n")
     by = MEASURED_BY[member.recipe.objective]
     print(f"{member.name}: {right / n:.1%} of {n} photographs ({by}), {format_seconds(seconds)}", flush=True)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def functions_of(path: Path) -> set[str]:
     return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
 
 
-# ------------------------------------------------------------------------------------------------------------- the traps
+# ------------------------------------------------------------------------------------------------------------ the traps
 
 
 def traps() -> dict[str, list[tuple[str, str]]]:
@@ -53,7 +54,9 @@ def test_every_committed_similarity_stands_beside_its_null_floor_and_ceiling():
     assert tables
     for path in tables:
         table = pd.read_csv(path)
-        assert table[["similarity", "similarity_low", "similarity_high", "floor", "ceiling"]].notna().all(axis=None), path
+        assert table[["similarity", "similarity_low", "similarity_high", "floor", "ceiling"]].notna().all(axis=None), (
+            path
+        )
         tested = table[~table["estimator"].str.contains("deconfounded")]  # their chance is not tested, and they say so
         assert tested["null_high"].notna().all(), path
 
@@ -79,7 +82,8 @@ def test_the_licence_is_the_one_that_the_citation_names():
 
 @pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), PROJECT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", prose)
     assert not [target for target in targets if not (page.parent / target).exists()]
 
 
@@ -90,3 +94,90 @@ def test_the_changelog_is_newest_first_and_of_known_kinds():
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", head) for head in heads[1:])
     kinds = {line.removeprefix("### ") for line in lines if line.startswith("### ")}
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+# ------------------------------------------------------------------------------------------------ pages with examples
+
+COPIED = (
+    "*.py",
+    "similarity/*.py",
+    "studies/*",
+    "explanations/*.py",
+    "classification/*.py",
+    "processing/*.py",
+    "configs/*",
+)
+PAGES = sorted(DOCS.glob("adding_a_*.md"))
+# one process for all pages: most of the time goes into importing torch
+FOLLOW = """
+import pathlib, runpy, traceback
+for script in sorted(pathlib.Path().glob("follow_*.py")):
+    try:
+        runpy.run_path(str(script))
+        print(f"followed {script.stem}", flush=True)
+    except Exception:
+        print(traceback.format_exc(), flush=True)
+"""
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(kind, text) of each block of code of a page."""
+    return re.findall(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def carry_out(page: Path, project: Path) -> str:
+    """Make the page's changes in a copy of the project; returns what it then runs.
+
+    A block whose first line names a file is a new one, stands at its end, or is a diff: lines to put behind another.
+    """
+    script = []
+    for kind, text in blocks(page):
+        named = re.match(r"# (\S+\.(?:py|yaml))(?:, (at the end|a new file))?\n", text)
+        if named is None:
+            script.append(text)
+            continue
+        file, body = project / named[1], text[named.end() :]
+        assert file.exists() == (named[2] != "a new file"), f"{page.name}: {named[1]}"
+        if kind == "diff":
+            (line, *added) = body.splitlines()
+            whole = file.read_text(encoding="utf-8")
+            assert whole.count(f"\n{line[1:]}\n") == 1, f"{page.name}: no line {line[1:]!r} in {named[1]}, or several"
+            extra = "".join(f"{one.removeprefix('+')}\n" for one in added)
+            body, whole = "", whole.replace(f"\n{line[1:]}\n", f"\n{line[1:]}\n{extra}")
+        else:
+            whole = file.read_text(encoding="utf-8") if file.exists() else ""
+        file.write_text(whole + ("\n\n" if whole and body else "") + body, encoding="utf-8")
+    return "\n".join(script)
+
+
+@pytest.fixture(scope="module")
+def carried_out(tmp_path_factory) -> str:
+    """What a copy of the project prints in which every page is followed: all examples, one after another."""
+    project = tmp_path_factory.mktemp("copy")
+    for pattern in COPIED:
+        for path in PROJECT.glob(pattern):
+            if path.is_file():
+                target = project / path.relative_to(PROJECT)
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    for page in PAGES:
+        (project / f"follow_{page.stem}.py").write_text(carry_out(page, project), encoding="utf-8")
+    (project / "follow.py").write_text(FOLLOW, encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "follow.py"], cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.stdout + done.stderr
+
+
+def test_there_is_a_page_for_each_thing_that_is_added():
+    assert [page.stem for page in PAGES] == [
+        f"adding_a_{what}" for what in ("dataset", "measure", "model", "site", "study")
+    ]
+    contents = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert not [page.name for page in PAGES if f"docs/{page.name}" not in contents]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_holds_when_it_is_followed(page, carried_out):
+    assert f"followed follow_{page.stem}\n" in carried_out, carried_out[-3000:]

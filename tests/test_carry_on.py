@@ -98,15 +98,7 @@ def test_the_changelog_is_newest_first_and_of_known_kinds():
 
 # ------------------------------------------------------------------------------------------------ pages with examples
 
-COPIED = (
-    "*.py",
-    "similarity/*.py",
-    "studies/*",
-    "explanations/*.py",
-    "classification/*.py",
-    "processing/*.py",
-    "configs/*",
-)
+LEFT_OUT = ("tests", "benchmarks", "notebooks", "docs", "results", "data", "runs")  # folders no example needs
 PAGES = sorted(DOCS.glob("adding_a_*.md"))
 # one process for all pages: most of the time goes into importing torch
 FOLLOW = """
@@ -154,12 +146,12 @@ def carry_out(page: Path, project: Path) -> str:
 def carried_out(tmp_path_factory) -> str:
     """What a copy of the project prints in which every page is followed: all examples, one after another."""
     project = tmp_path_factory.mktemp("copy")
-    for pattern in COPIED:
-        for path in PROJECT.glob(pattern):
-            if path.is_file():
-                target = project / path.relative_to(PROJECT)
-                target.parent.mkdir(exist_ok=True)
-                target.write_bytes(path.read_bytes())
+    listed = [*PROJECT.glob("*.py"), *(path for path in PROJECT.glob("[!.]*/*") if path.parent.name not in LEFT_OUT)]
+    for path in listed:
+        if path.is_file():
+            target = project / path.relative_to(PROJECT)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
     for page in PAGES:
         (project / f"follow_{page.stem}.py").write_text(carry_out(page, project), encoding="utf-8")
     (project / "follow.py").write_text(FOLLOW, encoding="utf-8")

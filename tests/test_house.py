@@ -9,21 +9,22 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 FIGURES = ("visualization", "verdict_figures", "matrix_figures", "grid_figures", "pictures")
-# room: (its modules, the rooms it may import beside itself); 'name.*' is a package with all that is in it.
-# From the ground up: a room names only rooms that stand above it in this table.
+# room: (its modules, the rooms it may import beside itself); 'name.*' is a package with all that is in it, but for what
+# an earlier room has of it. Rooms form no circle.
 ROOMS = {
-    "ground": (("utils", "processes", "allocation", "averaging"), ()),
+    "ground": (("utils", "settings", "sentences", "locks", "processes", "allocation", "averaging"), ()),
     "instrument": (("similarity.*",), ()),  # usable on any PyTorch model: it may not even import utils
     "metrics": (("class_metrics", "loss_metrics"), ("ground",)),
     "images": (
-        ("download", "images", "synthetic*", "layouts", "augmentation", "dataset", "sources"),
+        ("download", "images", "synthetic*", "layouts", "resplit", "augmentation", "dataset", "sources"),
         ("ground",),
     ),
     "model parts": (("deformable_attention", "dense_decoder", "set_criterion"), ()),
     "models": (
         (
             *("model_spec", "model_sites", "answers", "weights", "cnn_encoders", "vit_encoders", "vit_weights"),
-            *("mask2former_model", "dense_models", "models", "costs"),
+            *("mask2former_model", "dense_models", "timm_bodies", "models", "costs", "classification.classifiers"),
+            *("classification.places", "classification.origins", "classification.torchvision_bodies"),
         ),
         ("ground", "instrument", "model parts"),
     ),
@@ -46,24 +47,24 @@ ROOMS = {
         ("studies.*",),
         (
             *("ground", "instrument", "metrics", "images", "models", "classification", "explanations", "figures"),
-            *("processing", "training parts", "doors"),
+            *("processing", "training parts", "doors", "report"),
         ),
     ),
+    "report": (("report.*",), ("ground", "models", "explanations", "figures")),
     "front door": (("experiments",), ("ground", "studies")),
 }
-NUMBERS = (
-    "explanations.clusters",
-)  # beside utils and the instrument, what figures of other rooms may know: no network
+# beside ground and instrument, what figures may know of other rooms: no network
+NUMBERS = ("explanations.clusters",)
 BOUGHT_BY_THE_INSTRUMENT = {"torch", "numpy", "scipy", "pandas", "safetensors", "tqdm", "psutil", "sklearn"}
-LONGEST = 400  # lines, about: a tenth more is no reason to tear apart what belongs together
+LONGEST = 450  # lines: about 400 is the aim, a little more is no reason to tear apart what belongs together
 LONGER = {}  # file: why it is longer than that
 
 
 def modules() -> dict[str, Path]:
     """{dotted name: file} of the code that runs: rooms and doors, not tests, notebooks, pages or benchmarks."""
     files = [*PROJECT.glob("*.py")]
-    for package in ("similarity", "classification", "explanations", "processing", "studies"):
-        files += (PROJECT / package).rglob("*.py")
+    for package in PROJECT.glob("*/__init__.py"):
+        files += package.parent.rglob("*.py") if package.parent.name not in ("benchmarks", "tests") else []
     names = {path: ".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in files}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
@@ -141,5 +142,5 @@ def test_nobody_imports_a_door_but_who_opens_it():
 
 def test_no_file_is_much_longer_than_it_should_be():
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
-    long = {name: n for name, n in lengths.items() if n > 1.1 * LONGEST and name not in LONGER}
+    long = {name: n for name, n in lengths.items() if n > LONGEST and name not in LONGER}
     assert not long, f"{long}: split by subject, or say in LONGER why not"

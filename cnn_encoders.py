@@ -16,7 +16,6 @@ import timm
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_BACKBONE_MAPPING,
     AutoBackbone,
     AutoConfig,
     Mask2FormerConfig,
@@ -163,15 +162,6 @@ def keep_initial_weights(backbone: PreTrainedModel) -> None:
     if not any(parameter.is_meta for parameter in backbone.parameters()):
         for module in backbone.modules():
             module._is_hf_initialized = True
-
-
-def load_backbone(folder: Path) -> PreTrainedModel:
-    """A backbone of ours from a folder of its `save_pretrained`.
-
-    transformers 5 lets `AutoBackbone.from_pretrained` load from the hub alone: it asks there before looking at a path.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(folder, config=config)
 
 
 def register_backbone(config_class: type, model_class: type) -> None:

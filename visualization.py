@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils import InputError, atomic_path
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = OKABE_ITO = (
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     "#000000",
     "#E69F00",
     "#56B4E9",
@@ -278,14 +278,6 @@ def planes(
             ax.set_title(name, fontsize=9, pad=14 if boundaries[1] is not None else 4)
     _colour_bar(figure, list(axes), cmap, norm, used, label)
     return settle(figure)
-
-
-def similarity_plane(values: pd.DataFrame, title: str, xlabel: str, ylabel: str, **options) -> Figure:
-    """One plane: rows are sites of A (upwards), columns sites of B, both in the order given.
-
-    `options` are those of `planes`: label, vmin, vmax, boundaries, best, larger_is_better, caption, synthetic.
-    """
-    return planes({title: values}, title=title, xlabel=xlabel, ylabel=ylabel, **options)
 
 
 def measure_grid(

@@ -96,23 +96,6 @@ def louvain(similarity: pd.DataFrame, resolution: float = 1.0, *, shift: bool = 
     return pd.Series([number[node] for node in range(len(values))], similarity.index)
 
 
-def memberships(
-    pairs: pd.DataFrame,
-    *,
-    clusters: Sequence[int] = CLUSTERS,
-    resolutions: Sequence[float] = RESOLUTIONS,
-    shift: bool = False,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Every clustering of one set of pairs: columns clustering, parameter, weights, model, cluster.
-
-    pairs : columns model_a, model_b, mean (the similarity) and dissimilarity, one row a pair
-    clustering 'hierarchical' cuts the average-linkage tree into `parameter` clusters (those below the number of
-    models); 'Louvain' has `parameter` as its resolution γ.
-    """
-    return pd.concat([_cuts(pairs, clusters), _communities(pairs, resolutions, shift, seed)], ignore_index=True)
-
-
 def _cuts(pairs: pd.DataFrame, clusters: Sequence[int]) -> pd.DataFrame:
     distances = square(pairs, "dissimilarity", diagonal=0)
     return _long({(HIERARCHICAL, k, "dissimilarity"): cut(distances, k) for k in clusters if k < len(distances)})

@@ -20,6 +20,30 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 NOTEBOOKS = ("unetpp", "mask2former", "mech_interp_experiment", "encoders_and_architectures", "explanations")
 LIMIT_BYTES = 1_500_000
+# notebooks that differ by their model alone have one source, one_model.py, with these words in its places
+OF_ONE_MODEL = {
+    "unetpp": {
+        "model": "unetpp",
+        "title": "UNet++",
+        "kind": "a convolutional network",
+        "training": """One loop serves every model. It validates each epoch, and the checkpoint with the best *validation* IoU is kept: the
+test images are not looked at until the end. Run again, the cell finds the finished training.""",
+        "sites": """; not the order in which the
+decoder's modules are named.""",
+        "next": "`mask2former.ipynb` trains the transformer, `mech_interp_experiment.ipynb` compares the two.",
+    },
+    "mask2former": {
+        "model": "mask2former",
+        "title": "Mask2Former",
+        "kind": "a transformer",
+        "training": """Mask2Former predicts a *set*: each of its queries proposes a mask and a class, and its own loss matches queries to a
+background and a lesion mask. A pixel's answer is the class-weighted sum over all queries, as log-odds of lesion.
+The best epoch is chosen on validation images; run again, the cell finds the finished training.""",
+        "sites": """. Their axes are declared, never
+guessed: Swin emits tokens × channels, the transformer decoder queries × *batch* × channels.""",
+        "next": "`mech_interp_experiment.ipynb` compares this model with UNet++.",
+    },
+}
 COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
 
@@ -48,11 +72,12 @@ def setup_cell() -> str:
 
 def source(name: str) -> nbformat.NotebookNode:
     """The notebook as written, not executed."""
-    text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+    text = (HERE / f"{'one_model' if name in OF_ONE_MODEL else name}.py").read_text(encoding="utf-8")
     notebook = jupytext.reads(text, fmt="py:percent")
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"{name[:12]}-{index:02d}"  # stable, so that rebuilding changes nothing by itself
-        cell.source = cell.source.replace("{{badge}}", badge(name))
+        for place, words in {"badge": badge(name), **OF_ONE_MODEL.get(name, {})}.items():
+            cell.source = cell.source.replace(f"{{{{{place}}}}}", words)
         if cell.source.strip() == "# {{setup}}":
             cell.source = setup_cell()
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}

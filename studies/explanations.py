@@ -9,7 +9,6 @@ and asks whether the groups follow CNN and transformer. Without `networks` it tr
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,18 @@ from studies.explanation_checks import Checks
 from studies.explanation_verdicts import ALPHA
 from studies.explanation_ways import refuse_one_folder, ways_of
 from studies.explanation_work import Job
+from studies.results_folder import open_with_hashes
 from studies.subjects import SEGMENTATION, Subject, settings_in, subjects_of
 from studies.unseen import check_photographs, check_segmentation
 from utils import (
     HOME,
     InputError,
     closest,
-    open_run,
     pick,
     progress,
     read_settings,
     refuse_other_run,
     resolve_device,
-    write_text,
 )
 
 COVERS = ("mask", "box", "centre")
@@ -124,7 +122,8 @@ def run(config: ExplanationsConfig) -> Path:
     check_subjects(config, subjects)
     source = images_of(config, subjects)
     pool = choose_images(config, source, subjects)
-    folder = open_folder(config, pool)
+    hashes = {"images": len(pool.ids), "hash": pool.fingerprint}
+    folder = open_with_hashes(config, hashes, resolve_device(config.device), OF_THE_REPORT)
     job = job_of(config, subjects, pool, folder)
     print(explanation_work.estimate(subjects, job, folder), f"Results: {folder}", flush=True)
     unasked = explain_all(subjects, job, folder, config.jobs)
@@ -244,18 +243,6 @@ def choose_images(config: ExplanationsConfig, source: ImageSource, subjects: lis
     chosen = choose(source, subjects[0].kind, count, sizes, label=config.label, seed=config.seed)
     check_photographs(chosen.ids, subjects)
     return chosen
-
-
-def open_folder(config: ExplanationsConfig, chosen: Chosen) -> Path:
-    """Create or continue the results folder, with the hash of the images in data.json."""
-    folder = Path(config.out)
-    hashes = {"images": len(chosen.ids), "hash": chosen.fingerprint}
-    known = folder / "data.json"
-    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
-        raise InputError(f"{folder} holds results of other images than {config.data} has now; choose another --out")
-    open_run(folder, dataclasses.asdict(config), resolve_device(config.device), OF_THE_REPORT)
-    write_text(known, json.dumps(hashes, indent=1) + "\n")
-    return folder
 
 
 def without_empty(job: Job, subjects: list[Subject], folder: Path) -> Chosen:

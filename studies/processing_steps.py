@@ -10,7 +10,6 @@ they lost? Without `networks` it trains some small ones first.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from sources import ImageSource
 from studies import architectures, classifiers, processing_report, processing_work
 from studies.explained_images import Chosen, choose
 from studies.processing_work import Work
+from studies.results_folder import open_with_hashes
 from studies.subjects import CLASSIFICATION, SEGMENTATION, Subject, subjects_in
 from studies.unseen import check_photographs, check_segmentation
 from studies.walks import Walk, walks_of
@@ -35,14 +35,12 @@ from utils import (
     HOME,
     InputError,
     format_seconds,
-    open_run,
     pick,
     progress,
     read_settings,
     refuse_other_run,
     resolve_device,
     write_table,
-    write_text,
 )
 
 TRAINERS = {
@@ -128,7 +126,8 @@ def run(config: ProcessingConfig) -> Path:
     check_labels(config, walks)
     chosen = choose_images(config, subjects)
     chosen, statistics = with_statistics(config, chosen)
-    folder = open_folder(config, chosen)
+    hashes = {"images": len(chosen.ids), "hash": chosen.fingerprint}
+    folder = open_with_hashes(config, hashes, resolve_device(config.device), OF_THE_REPORT)
     write_table(statistics, folder / "statistics.csv")
     asked = asked_of(config, chosen, statistics)
     print(expected(walks, asked, folder), f"Results: {folder}", flush=True)
@@ -241,18 +240,6 @@ def with_statistics(config: ProcessingConfig, chosen: Chosen) -> tuple[Chosen, p
         reason = table.loc[~np.isfinite(table["value"]), "reason"].iloc[0]
         raise InputError(f"only {len(left.ids)} images have every statistic (of others: {reason}); give more images")
     return left, table
-
-
-def open_folder(config: ProcessingConfig, chosen: Chosen) -> Path:
-    """Create or continue the results folder, with the hash of the images in data.json."""
-    folder = Path(config.out)
-    hashes = {"images": len(chosen.ids), "hash": chosen.fingerprint}
-    known = folder / "data.json"
-    if known.exists() and json.loads(known.read_text(encoding="utf-8"))["hash"] != hashes["hash"]:
-        raise InputError(f"{folder} holds results of other images than {config.data} has now; choose another --out")
-    open_run(folder, dataclasses.asdict(config), resolve_device(config.device), OF_THE_REPORT)
-    write_text(known, json.dumps(hashes, indent=1) + "\n")
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------------- the networks

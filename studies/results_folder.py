@@ -21,10 +21,17 @@ def open_results(
     may_differ : settings that may be others than the folder's
     """
     hashes = {name: {"images": len(data.ids), "hash": data.fingerprint} for name, data in datasets.items()}
-    known = Path(config.out) / "data.json"
     # the synthetic set may differ in its last bits between versions of OpenCV; each stage checks its own hash
-    if not config.is_synthetic and known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
+    return open_with_hashes(config, hashes, device, may_differ, compared=not config.is_synthetic)
+
+
+def open_with_hashes(
+    config, hashes: Mapping, device: torch.device, may_differ: Sequence[str] = (), compared: bool = True
+) -> Path:
+    """As `open_results` for images of any kind, by their hashes; `compared`: those of the folder must be these."""
+    known = Path(config.out) / "data.json"
+    if compared and known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
         raise InputError(f"{config.out} holds results of other images than {config.data} has now; choose another --out")
     folder = open_run(Path(config.out), dataclasses.asdict(config), device, may_differ)
-    write_text(folder / "data.json", json.dumps(hashes, indent=1) + "\n")
+    write_text(known, json.dumps(hashes, indent=1) + "\n")
     return folder

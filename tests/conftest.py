@@ -33,3 +33,16 @@ def synthetic_root(tmp_path_factory) -> Path:
 
     counts = {"Training": 12, "Validation": 4, "Test": 8}
     return make_dataset(tmp_path_factory.mktemp("synthetic") / "set", counts=counts, size=64, seed=0)
+
+
+@pytest.fixture(scope="module")
+def slim_unetpp():
+    """Within a file, UNet++'s preset `smoke` stands on an encoder of 0.2 million weights instead of 11 million.
+
+    For tests of what happens around a model: most of their time went into writing checkpoints.
+    """
+    import dense_models
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dense_models.SMP_PRESETS["unetpp"]["smoke"], "encoder_name", "tu-mobilenetv3_small_050")
+        yield

@@ -84,7 +84,7 @@ def test_negative_similarities_are_refused_or_shifted_and_said_to_be():
     table = pairs(lambda a, b: blocks(a, b) - 0.3)
     with pytest.raises(InputError, match="36 of 66 weights are negative"):
         mc.louvain(mc.square(table, "mean", diagonal=1))
-    found = mc.memberships(table, shift=True)
+    found = mc.cluster_table(table, FAMILY, architectures=ARCHITECTURE, shift=True)
     assert set(found.loc[found["clustering"] == "Louvain", "weights"]) == {"(1 + similarity)/2"}
     with pytest.raises(InputError, match="no graph"):
         mc.louvain(mc.square(pairs(lambda a, b: 0.0), "mean", diagonal=1))

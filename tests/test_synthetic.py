@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import synthetic
+import synthetic_drawing
 from utils import InputError
 
 COUNTS = {"Training": 5, "Validation": 2, "Test": 3}
@@ -273,5 +274,5 @@ def test_nearly_all_lesions_differ_visibly_from_the_skin_around_them(drawn):
 
 
 def test_every_kind_of_lesion_has_a_chance_and_they_sum_to_one():
-    assert sum(kind.weight for kind in synthetic.KINDS.values()) == pytest.approx(1)
-    assert all(kind.weight > 0 for kind in synthetic.KINDS.values())
+    assert sum(kind.weight for kind in synthetic_drawing.KINDS.values()) == pytest.approx(1)
+    assert all(kind.weight > 0 for kind in synthetic_drawing.KINDS.values())

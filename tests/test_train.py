@@ -24,6 +24,7 @@ from train import Recipe, TrainConfig, check_recipe, objective, train
 from utils import InputError
 
 SIZE = 32
+pytestmark = pytest.mark.usefixtures("slim_unetpp")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def base(synthetic_root) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(base, tmp_path_factory):
+def uninterrupted(base, tmp_path_factory, slim_unetpp):
     """One finished run of three epochs of each model."""
     folder = tmp_path_factory.mktemp("runs")
     return {

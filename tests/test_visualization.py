@@ -28,6 +28,10 @@ def plane(rows: int = 5, columns: int = 4, low: float = 0.0, high: float = 0.9) 
     return pd.DataFrame(values, [f"encoder.a{i}" for i in range(rows)], [f"encoder.b{i}" for i in range(columns)])
 
 
+def one_plane(values: pd.DataFrame, title: str, xlabel: str, ylabel: str, **options) -> Figure:
+    return viz.planes({title: values}, title=title, xlabel=xlabel, ylabel=ylabel, **options)
+
+
 def history() -> pd.DataFrame:
     rows = [(m, s, e, 1 / e, 1 / e, 1 - 1 / e) for m in ("one", "two") for s in (0, 1) for e in (1, 2, 3)]
     columns = ["model", "seed", "epoch", "train_loss", "validation_loss", "validation_iou"]
@@ -71,7 +75,7 @@ def maps(channels: int = 8, side: int = 6, seed: int = 0) -> np.ndarray:
 FIGURES = {
     "training_curves": lambda **o: viz.training_curves(history(), **o),
     "example_predictions": examples,
-    "similarity_plane": lambda **o: viz.similarity_plane(plane(), "Title", "B", "A", boundaries=(2, 2), **o),
+    "planes of one": lambda **o: one_plane(plane(), "Title", "B", "A", boundaries=(2, 2), **o),
     "planes": lambda **o: viz.planes({"cross": plane(), "floor": plane()}, title="Title", **o),
     "measure_grid": lambda **o: viz.measure_grid({str(i): plane(low=-0.1 * i) for i in range(4)}, **o),
     "ruler": lambda **o: viz.ruler(ruler_table(), **o),
@@ -119,7 +123,7 @@ def test_nothing_is_clipped_at_the_edges(make, tmp_path):
 
 def test_long_titles_are_wrapped_and_small_tables_keep_their_room(tmp_path):
     title = "Where do the two networks agree with one another more than chance and their untrained twins would? " * 2
-    viz.save(viz.similarity_plane(plane(3, 3), title, "B", "A"), tmp_path / "plane.png")
+    viz.save(one_plane(plane(3, 3), title, "B", "A"), tmp_path / "plane.png")
     viz.save(viz.ruler(ruler_table().iloc[:1], title=title), tmp_path / "ruler.png")
     for name in ("plane", "ruler"):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
@@ -141,7 +145,7 @@ def test_no_pyplot_figure_is_left_behind():
     assert pyplot.get_fignums() == []
 
 
-@pytest.mark.parametrize("name", ["training_curves", "similarity_plane", "depth_profile"])
+@pytest.mark.parametrize("name", ["training_curves", "planes of one", "depth_profile"])
 def test_every_axis_is_labelled(name):
     axes = [ax for ax in FIGURES[name]().axes if ax.get_label() != "<colorbar>"]
     assert all(ax.get_xlabel() for ax in axes) and axes[0].get_ylabel()
@@ -180,22 +184,22 @@ def test_outline_lies_on_the_border_of_the_mask():
 def test_cells_that_could_not_be_computed_are_hatched_not_coloured():
     table = plane()
     table.iloc[1, 2] = np.nan
-    figure = viz.similarity_plane(table, "Title", "B", "A")
+    figure = one_plane(table, "Title", "B", "A")
     ax = figure.axes[0]
     drawn = ax.images[0].get_array()
     assert drawn.mask.sum() == 1 and drawn.mask[1, 2] and ax.patch.get_hatch()
     assert ax.images[0].cmap.get_bad()[3] == 0  # transparent, so that the hatching shows
     assert "Hatched: could not be computed" in caption_of(figure)
-    assert "Hatched" not in caption_of(viz.similarity_plane(plane(), "Title", "B", "A"))
+    assert "Hatched" not in caption_of(one_plane(plane(), "Title", "B", "A"))
 
 
 def test_colours_are_centred_on_zero_exactly_when_values_are_negative():
-    negative = viz.similarity_plane(plane(low=-0.2), "T", "B", "A").axes[0].images[0]
-    positive = viz.similarity_plane(plane(), "T", "B", "A").axes[0].images[0]
+    negative = one_plane(plane(low=-0.2), "T", "B", "A").axes[0].images[0]
+    positive = one_plane(plane(), "T", "B", "A").axes[0].images[0]
     assert negative.cmap.name == "PuOr_r" and negative.norm.vmin == -negative.norm.vmax == -0.9
     assert positive.cmap.name == "cividis" and (positive.norm.vmin, positive.norm.vmax) == (0, 0.9)
     assert np.ptp(colormaps["PuOr_r"](negative.norm(0.0))[:3]) < 0.03  # zero is grey
-    fixed = viz.similarity_plane(plane(), "T", "B", "A", vmin=0.25, vmax=0.5).axes[0].images[0]
+    fixed = one_plane(plane(), "T", "B", "A", vmin=0.25, vmax=0.5).axes[0].images[0]
     assert (fixed.norm.vmin, fixed.norm.vmax) == (0.25, 0.5)
 
 
@@ -217,13 +221,13 @@ def test_measure_grid_gives_every_measure_its_own_scale():
 def test_best_column_of_each_row_is_dotted(larger_is_better, column):
     table = plane()
     table.iloc[2] = np.nan
-    ax = viz.similarity_plane(table, "T", "B", "A", larger_is_better=larger_is_better).axes[0]
+    ax = one_plane(table, "T", "B", "A", larger_is_better=larger_is_better).axes[0]
     dots = ax.collections[-1].get_offsets()
     np.testing.assert_array_equal(dots, [(column, row) for row in (0, 1, 3, 4)])
 
 
 def test_boundaries_part_encoder_from_decoder_on_both_axes():
-    ax = viz.similarity_plane(plane(), "T", "B", "A", boundaries=(3, 2)).axes[0]
+    ax = one_plane(plane(), "T", "B", "A", boundaries=(3, 2)).axes[0]
     places = {(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in ax.lines}
     assert ((0, 1), (2.5, 2.5)) in places and ((1.5, 1.5), (0, 1)) in places
     assert sorted(text.get_text() for text in ax.texts) == ["decoder", "decoder", "encoder", "encoder"]
@@ -232,7 +236,7 @@ def test_boundaries_part_encoder_from_decoder_on_both_axes():
 def test_a_plane_of_gaps_only_and_a_plane_of_equal_values_are_drawn(tmp_path):
     for value in (np.nan, 0.0, 0.5, -0.5):
         table = plane().map(lambda _, value=value: value)
-        viz.save(viz.similarity_plane(table, "T", "B", "A"), tmp_path / "a.png")
+        viz.save(one_plane(table, "T", "B", "A"), tmp_path / "a.png")
         viz.save(viz.measure_grid({"m": table}), tmp_path / "b.png")
 
 
@@ -381,7 +385,7 @@ def test_a_returned_figure_is_rendered_by_a_notebook_with_the_inline_backend():
     from IPython.core.pylabtools import select_figure_formats
 
     select_figure_formats(shell, {"png"})  # what %matplotlib inline does to the display formatter
-    data, _ = shell.display_formatter.format(viz.similarity_plane(plane(), "T", "B", "A"))
+    data, _ = shell.display_formatter.format(one_plane(plane(), "T", "B", "A"))
     assert "image/png" in data
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoBackbone, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 import cnn_encoders
-from cnn_encoders import ConvPyramid, ConvPyramidConfig, load_backbone, load_conv_weights
+from cnn_encoders import ConvPyramid, ConvPyramidConfig, load_conv_weights
 from utils import InputError
 from vit_encoders import (
     PRESETS,
@@ -280,7 +280,7 @@ def test_mask2former_on_it_saves_and_loads_to_identical_output(name, tmp_path):
 def test_backbone_alone_comes_from_its_config_and_from_its_folder(name, tmp_path):
     backbone = shaken(AutoBackbone.from_config(BACKBONES[name]))
     backbone.save_pretrained(tmp_path)
-    again = load_backbone(tmp_path)
+    again = type(backbone).from_pretrained(tmp_path)
     assert type(again) is type(backbone) and isinstance(again, (ViTPyramid, ConvPyramid))
     images = images_of(64, 96)
     for ours, theirs in zip(backbone(images).feature_maps, again(images).feature_maps):

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Mask2Former on skin lesions
+# # {{title}} on skin lesions
 # {{badge}}
 #
-# **Question.** How well does a transformer, Mask2Former, outline skin lesions? It is one of the two models whose
+# **Question.** How well does {{kind}}, {{title}}, outline skin lesions? It is one of the two models whose
 # insides `mech_interp_experiment.ipynb` compares; what is trained here is used there.
 
 # %%
@@ -34,7 +34,7 @@ from models import TITLES, load_model, parameter_count
 from studies import universality
 from utils import resolve_device
 
-MODEL = "mask2former"
+MODEL = "{{model}}"
 config, datasets, folder = universality.prepare(
     load_config("universality", ["--config", f"configs/{PRESET}.yaml", *(["--data", DATA] if DATA else [])])
 )
@@ -57,9 +57,7 @@ pictures.gallery(
 
 # %% [markdown]
 # ## Training
-# Mask2Former predicts a *set*: each of its queries proposes a mask and a class, and its own loss matches queries to a
-# background and a lesion mask. A pixel's answer is the class-weighted sum over all queries, as log-odds of lesion.
-# The best epoch is chosen on validation images; run again, the cell finds the finished training.
+# {{training}}
 
 # %%
 run = universality.train_member(config, member, datasets, folder)
@@ -103,12 +101,12 @@ pictures.example_predictions(
 
 # %% [markdown]
 # ## On real images
-# The same loop with a fuller recipe (`configs/segmentation_mask2former.yaml`: augmentation, averaged weights, a schedule) on
+# The same loop with a fuller recipe (`configs/segmentation_{{model}}.yaml`: augmentation, averaged weights, a schedule) on
 # 1,600 real ISIC 2018 images, with 300 others as the test. The images stay where they are; committed are the numbers.
-# `python experiments.py segmentation --config configs/segmentation_mask2former.yaml --data FOLDER` makes them again.
+# `python experiments.py segmentation --config configs/segmentation_{{model}}.yaml --data FOLDER` makes them again.
 
 # %%
-real = Path("results/segmentation-isic2018_256-mask2former")
+real = Path("results/segmentation-isic2018_256-{{model}}")
 display(
     Markdown((real / "summary.md").read_text(encoding="utf-8").replace("# ", "### ")),
     Image(real / "learning_curves.png"),
@@ -116,8 +114,7 @@ display(
 
 # %% [markdown]
 # ## Where it can be listened to
-# The sites whose activations the comparison records, in the order in which they fire. Their axes are declared, never
-# guessed: Swin emits tokens × channels, the transformer decoder queries × *batch* × channels.
+# The sites whose activations the comparison records, in the order in which they fire{{sites}}
 
 # %%
 every, trainable = parameter_count(model)
@@ -131,4 +128,4 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# **Next:** `mech_interp_experiment.ipynb` compares this model with UNet++.
+# **Next:** {{next}}

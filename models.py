@@ -36,6 +36,7 @@ from model_spec import NORMALIZATIONS as NORMALIZATIONS
 from model_spec import TITLES as TITLES
 from model_spec import ModelSpec as ModelSpec
 from model_spec import check_answer
+from settings import check_types
 from utils import InputError, atomic_path, pick, seed_everything, write_text
 from weights import load_state
 
@@ -195,6 +196,9 @@ def load_model(folder: Path) -> tuple[nn.Module, dict]:
     try:
         stored = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         spec = ModelSpec(**{key: tuple(value) if key == "freeze" else value for key, value in stored["spec"].items()})
+        stored["extra"] = dict(stored["extra"])
+        check_types(spec)
+        pick("model", spec.name, _OF_TRANSFORMERS if "config" in stored else _BUILDERS)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{folder / 'model.json'} is damaged or of another program: {error}") from error
     if "config" in stored:

@@ -36,6 +36,7 @@ from classification.training import (
     wilson_interval,
 )
 from costs import flops, latency, parameter_counts
+from locks import alone_in
 from studies import classifiers_report as report
 from utils import (
     HOME,
@@ -121,15 +122,16 @@ def run(config: ClassifiersConfig) -> Path:
     """Train what is missing, measure all; returns the results folder."""
     config, members, photos, folder = prepare(config)
     device = resolve_device(config.device)
-    todo = [member for member in members if not is_finished(network_folder(folder, member))]
-    print(f"{estimate(config, todo, photos, device)} Results: {folder}", flush=True)
-    if todo:
-        train_all(config, todo, photos, folder, device)
-    rows = [pd.DataFrame([row_of(member, network_folder(folder, member))]) for member in members]
-    table = pd.concat(rows, ignore_index=True)
-    write_table(table, folder / "accuracy.csv")
-    history = pd.concat([history_of(member, folder) for member in members], ignore_index=True)
-    report.write(folder, table, history, summary_of(photos), config)
+    with alone_in(folder):
+        todo = [member for member in members if not is_finished(network_folder(folder, member))]
+        print(f"{estimate(config, todo, photos, device)} Results: {folder}", flush=True)
+        if todo:
+            train_all(config, todo, photos, folder, device)
+        rows = [pd.DataFrame([row_of(member, network_folder(folder, member))]) for member in members]
+        table = pd.concat(rows, ignore_index=True)
+        write_table(table, folder / "accuracy.csv")
+        history = pd.concat([history_of(member, folder) for member in members], ignore_index=True)
+        report.write(folder, table, history, summary_of(photos), config)
     return folder
 
 

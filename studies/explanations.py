@@ -20,6 +20,7 @@ import torch
 from classification.photos import photo_set
 from explanations.agreement import FRACTION, SIGMA, SIMILARITIES
 from explanations.targets import WHICH
+from locks import alone_in
 from sources import ImageSource, open_datasets
 from studies import architectures, explanation_report, explanation_work
 from studies.classifiers import ClassifiersConfig, photo_folder
@@ -124,13 +125,14 @@ def run(config: ExplanationsConfig) -> Path:
     source = images_of(config, subjects)
     pool = choose_images(config, source, subjects)
     folder = open_folder(config, pool)
-    job = job_of(config, subjects, pool, folder)
-    print(explanation_work.estimate(subjects, job, folder), f"Results: {folder}", flush=True)
-    unasked = explain_all(subjects, job, folder, config.jobs)
-    left = [subject for subject in subjects if subject.name not in unasked]
-    if len(left) < 2:
-        raise InputError(f"only {len(left)} networks can be asked: {'; '.join(map(': '.join, unasked.items()))}")
-    explanation_report.write(config, left, job, folder, unasked)
+    with alone_in(folder):
+        job = job_of(config, subjects, pool, folder)
+        print(explanation_work.estimate(subjects, job, folder), f"Results: {folder}", flush=True)
+        unasked = explain_all(subjects, job, folder, config.jobs)
+        left = [subject for subject in subjects if subject.name not in unasked]
+        if len(left) < 2:
+            raise InputError(f"only {len(left)} networks can be asked: {'; '.join(map(': '.join, unasked.items()))}")
+        explanation_report.write(config, left, job, folder, unasked)
     return folder
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from dataset import SegmentationDataset, make_loader
 from images import duplicates
 from inference import score
+from locks import alone_in
 from loss_metrics import summarize
 from models import build_model, load_model
 from similarity import Recording, record_models
@@ -115,14 +116,15 @@ class Member:
 def run(config: UniversalityConfig) -> Path:
     """The whole study; returns the results folder."""
     config, datasets, folder = prepare(config)
-    device = resolve_device(config.device)
-    print(f"{estimate(config, datasets)} Results: {folder}", flush=True)
-    for member in members(config):
-        train_member(config, member, datasets, folder)
-    metrics = score_all(config, datasets["test"], folder, device)
-    recordings = record_all(config, datasets["test"], folder, device)
-    found = analyse(config, recordings, datasets, folder, device)
-    report.write(config, folder, datasets, metrics, found, device)
+    with alone_in(folder):
+        device = resolve_device(config.device)
+        print(f"{estimate(config, datasets)} Results: {folder}", flush=True)
+        for member in members(config):
+            train_member(config, member, datasets, folder)
+        metrics = score_all(config, datasets["test"], folder, device)
+        recordings = record_all(config, datasets["test"], folder, device)
+        found = analyse(config, recordings, datasets, folder, device)
+        report.write(config, folder, datasets, metrics, found, device)
     return folder
 
 

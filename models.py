@@ -35,7 +35,7 @@ from model_sites import sites as sites  # what a model computes, in order
 from model_spec import NORMALIZATIONS as NORMALIZATIONS
 from model_spec import TITLES as TITLES
 from model_spec import ModelSpec as ModelSpec
-from model_spec import check_answer
+from model_spec import check_answer, check_query
 from settings import check_types
 from utils import InputError, atomic_path, pick, seed_everything, write_text
 from weights import load_state
@@ -79,6 +79,7 @@ def _dress(model: nn.Module, spec: ModelSpec) -> nn.Module:
     model.default_sites = functools.partial(model_sites.default_sites, model)
     model.declare_site = functools.partial(model_sites.declare_site, model)
     if spec.name == "mask2former":
+        check_query(spec, model.config.num_queries)
         model.query_weights = functools.partial(query_weights, answer=spec.answer)
         deformable_attention.speed_up(model)
     elif spec.name == "unetpp":

@@ -101,6 +101,19 @@ def check_seed(seed: int, name: str = "seed") -> None:
         raise InputError(f"{name} {seed} is not between 0 and 2**63 - 1; choose another")
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse none, one twice, and what no generator can be seeded with."""
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise InputError(f"seeds must be different numbers from 0 up, got {list(seeds)}")
+    check_seed(max(seeds), "seeds:")
+
+
+def check_label(what: str, label: str) -> None:
+    """Refuse a label that a folder is named after and that would lead out of its place."""
+    if not label.strip() or label.startswith(".") or any(sign in label for sign in "/\\:\0"):
+        raise InputError(f"{what} {label!r} names a folder: it needs letters, no dot in front, no slash and no colon")
+
+
 def check_id(id_: str) -> None:
     """Refuse the id of an image that could not be the name of a file, or would lead out of a folder."""
     if not id_ or id_ in (".", "..") or any(sign in id_ for sign in "/\\\0"):

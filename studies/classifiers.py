@@ -37,6 +37,7 @@ from classification.training import (
 )
 from costs import flops, latency, parameter_counts
 from locks import alone_in
+from settings import check_seeds
 from studies import classifiers_report as report
 from utils import (
     HOME,
@@ -156,8 +157,7 @@ def settle(config: ClassifiersConfig) -> ClassifiersConfig:
     """Choose the results folder, and refuse settings that cannot run."""
     if not config.networks:
         raise InputError("networks is empty; name at least one, such as {ResNet: {name: resnet18}}")
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"seeds must be different numbers from 0 up, got {config.seeds}")
+    check_seeds(config.seeds)
     if config.jobs < 1 or config.image_size < 8:
         raise InputError(
             f"jobs must be at least 1 and image_size at least 8, got {config.jobs} and {config.image_size}"

@@ -21,6 +21,7 @@ from classification.photos import photo_set
 from explanations.agreement import FRACTION, SIGMA, SIMILARITIES
 from explanations.targets import WHICH
 from locks import alone_in
+from settings import check_seed
 from sources import ImageSource, open_datasets
 from studies import architectures, explanation_report, explanation_work
 from studies.classifiers import ClassifiersConfig, photo_folder
@@ -158,6 +159,7 @@ def settle(config: ExplanationsConfig) -> ExplanationsConfig:
 
 def check_settings(config: ExplanationsConfig) -> None:
     """Refuse what cannot be, before anything long."""
+    check_seed(config.seed)
     counts = ("images", "compared_at", "permutations", "resamples", "check_images", "check_cells", "few_images")
     for name in (*counts, "levels", "batch_size", "jobs"):
         if getattr(config, name) < 1:

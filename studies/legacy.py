@@ -24,6 +24,7 @@ from locks import alone_in
 from model_sites import declare_site
 from models import TITLES, build_model, load_model
 from recipes import Recipe, TrainConfig, check_recipe, objective
+from settings import check_seeds
 from similarity import Plane, Recording, calibration, plane, record_models
 from similarity.inputs import SMALLEST_N
 from similarity.nulls import Null, plane_null
@@ -173,6 +174,7 @@ def settle(config: LegacyConfig) -> LegacyConfig:
             raise InputError(f"{name} must be at least {number}, got {getattr(config, name)}")
     if len(config.seeds) < 2 or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
         raise InputError(f"seeds must be two different numbers or more, from 0 up, got {config.seeds}")
+    check_seeds(config.seeds)
     _check_pairs(config.pairs)
     return dataclasses.replace(config, models=models, out=str(config.out or default_folder(config)))
 

@@ -24,6 +24,7 @@ from locks import alone_in
 from loss_metrics import METRICS
 from models import TITLES, build_model
 from recipes import TrainConfig, check_cache_features, check_recipe, objective
+from settings import check_label, check_seeds
 from sources import CHOICE_OF_IMAGES, open_datasets
 from train import train
 from utils import (
@@ -84,8 +85,9 @@ def run(config: SegmentationConfig) -> Path:
 
 def trainings(config: SegmentationConfig) -> dict[tuple[str, int], TrainConfig]:
     """{(variant, seed): its training}, the recipe first; refuses settings that do not exist or cannot run."""
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        raise InputError(f"seeds must be different numbers, got {config.seeds}")
+    check_seeds(config.seeds)
+    for name in config.variants:
+        check_label("variant", name)
     if RECIPE in config.variants:
         raise InputError(f"a variant may not be called {RECIPE!r}: that is the recipe without changes; rename it")
     known = {part.name for part in dataclasses.fields(TrainConfig)}

@@ -286,8 +286,8 @@ def refuse_other_run(folder: Path, config: Mapping, may_differ: Sequence[str] = 
     refuse_place(folder)
     stored = folder / "config.yaml"
     if stored.exists():
-        _refuse_other_config(folder, _stored_settings(stored), _plain(config), may_differ)
         _refuse_links(folder)
+        _refuse_other_config(folder, _stored_settings(stored), _plain(config), may_differ)
     elif folder.exists() and any(not LEFTOVER.fullmatch(path.name) for path in folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty and is no run of ours; choose another with --out")
     refuse_busy(folder)

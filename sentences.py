@@ -10,7 +10,6 @@ import errno
 import sys
 from collections.abc import Iterator
 
-import torch
 from safetensors import SafetensorError
 
 GO_ON = "what is finished is kept, and the same command goes on from there"
@@ -33,7 +32,7 @@ def sentence_of(error: BaseException) -> str | None:
     """What to say of an error that is no bug of ours: bad input, a disk that refuses, memory that is not there."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or _allocator_failed(error):
+    if isinstance(error, MemoryError) or _out_of_memory(error):
         told = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return f"not enough memory{told}; lower batch_size, image_size, jobs or workers, or take a larger machine"
     if isinstance(error, SafetensorError):  # its own kind of error for a disk that refuses
@@ -45,9 +44,10 @@ def sentence_of(error: BaseException) -> str | None:
     return None
 
 
-def _allocator_failed(error: BaseException) -> bool:
-    """Whether PyTorch found no memory of the CPU; it has no type of its own for that."""
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch found no memory, of a GPU or of the CPU; told by name, so that this room needs no PyTorch."""
+    told = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and told
 
 
 @contextlib.contextmanager

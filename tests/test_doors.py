@@ -194,13 +194,9 @@ def test_the_table_covers_every_door_and_study():
     assert named >= set(experiments.STUDIES)
 
 
-def test_a_real_process_says_one_line_and_runs_no_pickle(hostile, synthetic_root, tmp_path):
-    arguments = ["--checkpoint", str(hostile / "net-evil"), "--data", str(synthetic_root)]
-    command = [sys.executable, str(HOME / "inference.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert not (hostile / "RAN").exists() and list(tmp_path.iterdir()) == []
-    pickle.loads((hostile / "evil.pth").read_bytes())  # and it would have
+def test_the_pickles_that_were_refused_would_have_run(hostile):
+    assert not (hostile / "RAN").exists()
+    pickle.loads((hostile / "evil.pth").read_bytes())
     assert (hostile / "RAN").exists()
     (hostile / "RAN").unlink()
 

@@ -16,18 +16,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import torch
 from safetensors import SafetensorError
 
 from utils import InputError, atomic_path, flush_folder
 from weights import UNREADABLE
 
-LOCK = ".lock"
 LAST, BEFORE, DAMAGED = "resume.pt", "resume-previous.pt", "resume-damaged.pt"
 NEEDED = ("model", "optimizer", "history")
 
@@ -52,24 +46,6 @@ def _write(state: dict, path: Path) -> None:
             raise
         stream.flush()
         os.fsync(stream.fileno())
-
-
-@contextlib.contextmanager
-def only_trainer(folder: Path) -> Iterator[None]:
-    """Around a training: a second process in the same folder is refused. The system frees the lock of a killed one."""
-    if fcntl is None:
-        yield
-        return
-    with open(Path(folder) / LOCK, "a") as stream:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(
-                f"another process is training in {folder}; wait for it, end it, or choose another --out"
-            ) from error
-        except OSError:  # a disk that knows no locks: two trainings in one folder then go unnoticed
-            pass
-        yield
 
 
 @contextlib.contextmanager

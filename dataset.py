@@ -25,7 +25,7 @@ from download import DATASETS, SPLITS, fetch_dataset
 from images import IGNORE, Pair, Transform, cache_file, cached_pixels, duplicates, faults, prepare, read_or_fill
 from layouts import AUTO, IMAGE_SUFFIXES, cap, find_splits, recognise, scan, settle_classes
 from resplit import resplit
-from utils import InputError, digest
+from utils import InputError, digest, sentences_instead_of_tracebacks
 
 __all__ = [
     "IMAGE_SUFFIXES",  # of layouts.py, as cap and find_splits, for who serves what it finds
@@ -296,4 +296,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with sentences_instead_of_tracebacks():
+        sys.exit(main())

@@ -137,8 +137,8 @@ def _smp_options(spec: ModelSpec) -> dict:
             f"{closest(spec.preset, [*presets, *known])}"
         )
     encoder = options["encoder_name"]
-    if encoder not in known and not encoder.startswith("tu-"):
-        raise InputError(f"unknown encoder {encoder!r}; closest: {closest(encoder, known)}")
+    if not isinstance(encoder, str) or (encoder not in known and not encoder.startswith("tu-")):
+        raise InputError(f"unknown encoder {encoder!r}; closest: {closest(str(encoder), known)}")
     refuse_unknown_options(options, {"encoder_name"} | _SMP[spec.name][1])
     return options
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from utils import InputError, pick, progress, write_text
 
@@ -139,6 +140,12 @@ def fetch_dataset(
 def _web_address(base_url: str) -> str:
     if not base_url.startswith(("https://", "http://")):
         raise InputError(f"base URL {base_url} is not a web address; it starts with https:// or http://")
+    try:
+        host = urlsplit(base_url).hostname
+    except ValueError as error:
+        raise InputError(f"base URL {base_url} is not a web address ({error}); correct it") from error
+    if not host:
+        raise InputError(f"base URL {base_url} names no server; write https://SERVER/FOLDER")
     return base_url.rstrip("/") + "/"
 
 

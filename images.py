@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageFilter
 
+from settings import check_id
 from utils import InputError, atomic_path, digest, pick, progress
 
 # Before any worker process is forked: OpenCV's threads do not survive a fork, and a worker that touches them waits for
@@ -52,6 +53,9 @@ class Pair:
     id: str
     image: Path
     mask: Path
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def decode(pair: Pair, transform: Transform) -> np.ndarray:
     The EXIF orientation is ignored for image and mask alike (ISIC has none).
     Raises InputError naming the file that cannot be read, or a mask that does not fit its image or its classes.
     """
-    image, mask = _read_image(pair.image).convert("RGB"), _read_image(pair.mask)
+    image, mask = _read_colours(pair.image), _read_image(pair.mask)
     if image.size != mask.size:
         sizes = " but its image ".join("{}×{}".format(*item.size) for item in (mask, image))
         raise InputError(f"mask {pair.mask} has {sizes} pixels; replace one of them so that they fit")
@@ -137,7 +141,7 @@ def decode(pair: Pair, transform: Transform) -> np.ndarray:
 
 def read_pixels(path: Path, transform: Transform) -> tuple[np.ndarray, tuple[int, int]]:
     """((size, size, 3) uint8 RGB, (width, height) of the file in pixels) of an image without a mask, uncached."""
-    image = _read_image(path).convert("RGB")
+    image = _read_colours(path)
     return _resized(image, transform), image.size
 
 
@@ -162,8 +166,18 @@ def _resized(image: Image.Image, transform: Transform) -> np.ndarray:
 def _read_image(path: Path) -> Image.Image:
     """The fully decoded file."""
     with opened(path, absent="remove its partner", broken="remove it and its partner") as image:
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # of a camera's MPO only the first is the photo
+            raise InputError(f"{path} holds {image.n_frames} pictures; save the one that is meant as a file of its own")
         image.load()
         return image
+
+
+def _read_colours(path: Path) -> Image.Image:
+    """The fully decoded file as 8-bit RGB; a picture of finer numbers is refused, which would be cut off at 255."""
+    image = _read_image(path)
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{path} has more than 8 bits a pixel (mode {image.mode}); save it as 8-bit grey or RGB")
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from jsonargparse import CLI
+from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
@@ -34,10 +35,13 @@ from dataset import SegmentationDataset as Images
 from images import Transform, read_mask, read_pixels
 from loss_metrics import image_metrics, summarize
 from models import TITLES, decided, load_model, pixel_logits
+from settings import check_id
 from utils import (
     InputError,
+    arguments_in_a_sentence,
     peak_memory,
     progress,
+    refuse_place,
     resolve_device,
     sentences_instead_of_tracebacks,
     write_table,
@@ -299,8 +303,7 @@ def infer(
     if full_resolution and images is not None:
         raise InputError("--full_resolution is for --data; with --images every mask has its image's own size anyway")
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"output folder {out} is a file; choose another with --out")
+    refuse_place(out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"output folder {out} is not empty; choose another with --out")
     device_found = resolve_device(device)
@@ -341,7 +344,7 @@ def load_ensemble(checkpoints: Path | Sequence[Path]) -> tuple[list[nn.Module], 
     if not folders:
         raise InputError("--checkpoint names no folder; give at least one that train.py wrote")
     models, extras = zip(*(load_model(folder) for folder in folders))
-    transforms = [Transform(**extra.get("transform", {})).unaugmented for extra in extras]
+    transforms = [_transform_of(folder, extra) for folder, extra in zip(folders, extras)]
     for folder, transform in zip(folders, transforms):
         if transform != transforms[0]:
             raise InputError(
@@ -349,6 +352,14 @@ def load_ensemble(checkpoints: Path | Sequence[Path]) -> tuple[list[nn.Module], 
                 "answer together only at one size: score them one at a time, or train them on the same images"
             )
     return list(models), transforms[0], any(extra.get("data") == "synthetic" for extra in extras)
+
+
+def _transform_of(folder: Path, extra: dict) -> Transform:
+    """What a checkpoint says of its images, without augmentation."""
+    try:
+        return Transform(**extra.get("transform", {})).unaugmented
+    except TypeError as error:
+        raise InputError(f"{folder}/model.json: its transform is damaged or of another program ({error})") from error
 
 
 def _in_words(transform: Transform) -> str:
@@ -399,6 +410,7 @@ def refuse_unusable(files: Sequence[Path], transform: Transform) -> None:
             faults.append(f"{count} images are called {name}: their masks would overwrite each other; rename them")
     for file in progress(files, desc="checking", unit="image"):
         try:
+            check_id(file.stem)
             read_pixels(file, transform)
         except InputError as error:
             faults.append(str(error))
@@ -418,6 +430,16 @@ def repeatable(arguments: Sequence[str], option: str = "--checkpoint") -> list[s
     return result
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """What `infer` does, from a command line."""
+    arguments = repeatable(sys.argv[1:] if arguments is None else arguments)
+    parser = ArgumentParser(prog="python inference.py", description=infer.__doc__, exit_on_error=False)
+    parser.add_function_arguments(infer)
+    with arguments_in_a_sentence("python inference.py", inspect.signature(infer).parameters):
+        settings = parser.instantiate(parser.parse_args(arguments))
+    infer(**settings.as_dict())
+
+
 if __name__ == "__main__":
-    with sentences_instead_of_tracebacks():
-        sys.exit(CLI(infer, as_positional=False, args=repeatable(sys.argv[1:])))
+    with sentences_instead_of_tracebacks("delete what it had written, or choose another --out, to begin anew"):
+        main()

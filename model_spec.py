@@ -73,6 +73,12 @@ def check_answer(spec: ModelSpec) -> None:
         raise InputError(f"answer {spec.answer!r} is one mask; {spec.classes} classes need 'semantic'")
 
 
+def check_query(spec: ModelSpec, queries: int) -> None:
+    """Refuse the mask of a query that a model of so many does not have."""
+    if spec.answer != "semantic" and int(spec.answer.partition(":")[2]) >= queries:
+        raise InputError(f"answer {spec.answer!r}: the model has {queries} queries, numbered from 0")
+
+
 def refuse_unknown_options(options: dict, allowed: set[str]) -> None:
     """Name the closest options where one is unknown."""
     for name in options:

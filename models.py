@@ -36,7 +36,8 @@ from model_sites import sites as sites  # what a model computes, in order
 from model_spec import NORMALIZATIONS as NORMALIZATIONS
 from model_spec import TITLES as TITLES
 from model_spec import ModelSpec as ModelSpec
-from model_spec import check_answer
+from model_spec import check_answer, check_query
+from settings import check_types
 from utils import InputError, atomic_path, pick, seed_everything, write_text
 from weights import load_state
 
@@ -84,6 +85,7 @@ def _dress(model: nn.Module, spec: ModelSpec) -> nn.Module:
     model.default_sites = functools.partial(model_sites.default_sites, model)
     model.declare_site = functools.partial(model_sites.declare_site, model)
     if spec.name == "mask2former":
+        check_query(spec, model.config.num_queries)
         model.query_weights = functools.partial(query_weights, answer=spec.answer)
         deformable_attention.speed_up(model)
     elif spec.name == "unetpp":
@@ -207,6 +209,9 @@ def load_model(folder: Path) -> tuple[nn.Module, dict]:
     try:
         stored = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         spec = ModelSpec(**{key: tuple(value) if key == "freeze" else value for key, value in stored["spec"].items()})
+        stored["extra"] = dict(stored["extra"])
+        check_types(spec)
+        pick("model", spec.name, _OF_TRANSFORMERS if "config" in stored else _BUILDERS)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{folder / 'model.json'} is damaged or of another program: {error}") from error
     if "config" in stored:

@@ -15,6 +15,7 @@ from class_metrics import ce_dice
 from loss_metrics import LOSSES
 from models import ModelSpec, lesion_logits, pixel_logits, set_loss
 from optimization import check_optimization
+from settings import check_seed, check_types
 from sources import ImageSource
 from utils import InputError, closest
 
@@ -116,6 +117,8 @@ class TrainConfig(ImageSource, Recipe):
 
 def check_recipe(recipe: Recipe) -> None:
     """Refuse a recipe that cannot run, before any image is read."""
+    check_types(recipe, f"{recipe.model}: ")
+    check_seed(getattr(recipe, "seed", 0))
     if recipe.loss not in OBJECTIVES:
         raise InputError(f"unknown loss {recipe.loss!r}; closest: {closest(recipe.loss, OBJECTIVES)}")
     check_optimization(recipe)

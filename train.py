@@ -26,12 +26,13 @@ from torch import nn
 import visualization
 from allocation import keep_freed_memory
 from averaging import AveragedWeights
-from checkpoints import full_disk_as_a_sentence, load_state, only_trainer, save_state, saved_extra
+from checkpoints import full_disk_as_a_sentence, load_state, save_state, saved_extra
 from class_metrics import ce_dice
 from dataset import SegmentationDataset, make_loader
 from frozen_features import cache_features
 from images import cache_folder
 from inference import image_scores, predict
+from locks import alone_in
 from loss_metrics import dice_bce
 from model_sites import encoder_of
 from models import TITLES, build_model, check_batches, check_image_size, save_model
@@ -80,7 +81,7 @@ def train(config: TrainConfig, datasets: dict[str, SegmentationDataset] | None =
     run = prepare(config, datasets)
     on_main(run.accelerator, run.open_folder)
     with contextlib.ExitStack() as held:
-        on_main(run.accelerator, lambda: held.enter_context(only_trainer(run.folder)))
+        on_main(run.accelerator, lambda: held.enter_context(alone_in(run.folder)))
         run.resume()
         run.finish_epochs()
     return run.folder

@@ -1,4 +1,4 @@
-"""Ground floor: errors as sentences, seeds, devices, run folders and the record of the environment.
+"""Ground floor: settings from command lines, seeds, devices, run folders and the record of the environment.
 
 Everything here is free of models, images and measures, so that every other room may import it.
 """
@@ -6,6 +6,7 @@ Everything here is free of models, images and measures, so that every other room
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import importlib.metadata
@@ -27,6 +28,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from tqdm.auto import tqdm
+
+from locks import refuse_busy
+from sentences import InputError as InputError
+from sentences import sentences_instead_of_tracebacks as sentences_instead_of_tracebacks
+from settings import check_seed, read_yaml
 
 HOME = Path(__file__).resolve().parent
 RECORDED_PACKAGES = (
@@ -80,23 +86,6 @@ LEFTOVER = re.compile(
 )
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, where and the remedy."""
-
-
-@contextlib.contextmanager
-def sentences_instead_of_tracebacks() -> Iterator[None]:
-    """Around a command line: an InputError becomes one line on stderr and exit code 2."""
-    try:
-        yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
 def read_settings(kind: type, prog: str, arguments: Sequence[str]):
     """Settings of a dataclass from a YAML (`--config FILE`), overridden by the other arguments wherever they stand."""
     parser = ArgumentParser(
@@ -104,12 +93,27 @@ def read_settings(kind: type, prog: str, arguments: Sequence[str]):
     )
     parser.add_argument("--config", action="config", help="YAML of settings")
     parser.add_class_arguments(kind)
-    try:
-        values = parser.instantiate(parser.parse_args(_config_first(arguments))).as_dict()
-    except ArgumentError as error:
-        raise InputError(f"{error}; `{prog} --help` lists every setting") from error
+    arguments = _config_first(arguments)
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--config=") or (argument == "--config" and place + 1 < len(arguments)):
+            read_yaml(Path(argument.partition("=")[2] or arguments[place + 1]))
+    with arguments_in_a_sentence(prog, [part.name for part in dataclasses.fields(kind)]):
+        values = parser.instantiate(parser.parse_args(arguments)).as_dict()
     values.pop("config")
     return kind(**values)
+
+
+@contextlib.contextmanager
+def arguments_in_a_sentence(prog: str, known: Iterable[str] = ()) -> Iterator[None]:
+    """Around a parser that does not exit: what it refuses becomes an InputError, with the closest `known` names."""
+    try:
+        yield
+    except ArgumentError as error:
+        said = " ".join(str(error).split())
+        unknown = re.search(r"Option '(\w+)' is not accepted|unrecognized arguments: --(\w+)", said)
+        near = difflib.get_close_matches(unknown[1] or unknown[2], known) if unknown else []
+        nearest = f"; closest: {', '.join(map(repr, near))}" if near else ""
+        raise InputError(f"{said}{nearest}; `{prog} --help` lists every setting") from error
 
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
@@ -139,6 +143,7 @@ def pick(kind: str, name: str, table: Mapping[str, object]):
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch (all devices)."""
+    check_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -260,23 +265,54 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def refuse_other_run(folder: Path, config: Mapping, may_differ: Sequence[str] = ()) -> None:
-    """Refuse a folder that is a file, holds something else, or a run with other settings; nothing is written.
-
-    Settings in `UNCOMPARED_SETTINGS` and `may_differ` may differ between the runs, and `LATER_SETTINGS` may be absent
-    from the old one.
-    """
+def refuse_place(folder: Path) -> None:
+    """Refuse an output folder that no disk can have, that is a file or may not be written to; nothing is written."""
     folder = Path(folder)
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_symlink():
+            raise InputError(
+                f"output folder {folder} is a link to {os.readlink(folder)}, which is not there; make that folder, or "
+                "choose another with --out"
+            ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"output folder {folder} cannot be used ({reason}); choose another with --out") from error
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"output folder {folder} is a file; choose another folder with --out")
+        raise InputError(f"output folder {folder} is a file; choose another with --out")
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"output folder {folder} cannot be written: {parent} is no folder that may be written to")
+
+
+def refuse_other_run(folder: Path, config: Mapping, may_differ: Sequence[str] = ()) -> None:
+    """Refuse a folder that holds something else, a run with other settings, or that a process is at work in.
+
+    Nothing is written. Settings in `UNCOMPARED_SETTINGS` and `may_differ` may differ between the runs, and
+    `LATER_SETTINGS` may be absent from the old one.
+    """
+    folder = Path(folder)
+    refuse_place(folder)
     stored = folder / "config.yaml"
     if stored.exists():
+        _refuse_links(folder)
         _refuse_other_config(folder, _stored_settings(stored), _plain(config), may_differ)
     elif folder.exists() and any(not LEFTOVER.fullmatch(path.name) for path in folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty and is no run of ours; choose another with --out")
+    refuse_busy(folder)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse folders in a run that are links to places outside it, where files of others could be overwritten."""
+    home = folder.resolve()
+    for place, inner, _ in os.walk(folder):
+        for path in (Path(place, name) for name in inner):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise InputError(
+                    f"{path} is a link to {path.resolve()}, outside the run: what lies there could be overwritten; put "
+                    "the folder itself here, or choose another with --out"
+                )
 
 
 def open_run(folder: Path, config: Mapping, device: torch.device, may_differ: Sequence[str] = ()) -> Path:
@@ -286,6 +322,8 @@ def open_run(folder: Path, config: Mapping, device: torch.device, may_differ: Se
     """
     folder = Path(folder)
     refuse_other_run(folder, config, may_differ)
+    if folder.is_symlink():
+        print(f"note: {folder} is a link: what is written goes to {folder.resolve()}", flush=True)
     try:
         write_text(folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
         write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")

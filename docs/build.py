@@ -22,7 +22,7 @@ sys.path.insert(0, str(PROJECT))
 from similarity import measures  # noqa: E402
 from studies import explanation_words  # noqa: E402
 from studies import universality_words as words  # noqa: E402
-from utils import markdown_table, write_text  # noqa: E402
+from utils import InputError, markdown_table, sentences_instead_of_tracebacks, write_text  # noqa: E402
 
 BENCHMARKS = PROJECT / "results" / "benchmarks"
 REFERENCE = "results/universality-isic2018_256-mobilenet_v2"
@@ -194,10 +194,18 @@ def with_answer(readme: str) -> str:
     return readme
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write every page, and the README's answers."""
+    if len(sys.argv) > 1:
+        raise InputError(f"docs/build.py takes no arguments, got {' '.join(sys.argv[1:])}")
     for page, make in PAGES.items():
         write_text(HERE / page, make())
         print(HERE / page)
     readme = PROJECT / "README.md"
     write_text(readme, with_answer(readme.read_text(encoding="utf-8")))
     print(readme)
+
+
+if __name__ == "__main__":
+    with sentences_instead_of_tracebacks():
+        main()

@@ -6,6 +6,7 @@ K = XXᵀ or an RBF kernel; K is (n, n) with images as rows and columns.
 from __future__ import annotations
 
 import math
+import numbers
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def rbf_gram(X: Tensor, *, side: str, fraction: float = 1.0, debiased: bool = Tr
 
 def check_fraction(fraction: float) -> None:
     """A bandwidth is a positive share of the median distance."""
-    if not fraction > 0:
+    if not isinstance(fraction, numbers.Real) or not fraction > 0:
         raise ValueError(f"fraction must be above 0 (a share of the median distance), got {fraction}")
 
 

@@ -364,7 +364,7 @@ def _of_two(name: str, X, Y, **options) -> float:
 
 def is_several(fraction) -> bool:
     """Whether `fraction` is a sequence of bandwidths, which a plane computes from the same distances."""
-    return not isinstance(fraction, (int, float)) and hasattr(fraction, "__len__")
+    return not isinstance(fraction, (int, float, str)) and hasattr(fraction, "__len__")
 
 
 def chance(name: str, n: int, p: int, q: int, **options) -> float | None:

@@ -25,7 +25,7 @@ _AVERAGES = ("gap", "mean", "mask")  # one row of channels an image, at any site
 
 def parse_policy(policy: str) -> tuple[str, int]:
     """'grid:4' -> ('grid', 4); 'gap' -> ('gap', 0)."""
-    kind, _, cells = policy.partition(":")
+    kind, _, cells = str(policy).partition(":")
     known = {name.partition(":")[0] for name in POLICIES}
     takes_cells = kind in ("grid", "flat")
     if kind not in known or takes_cells != bool(cells) or (takes_cells and not (cells.isdigit() and int(cells) > 0)):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -120,11 +120,14 @@ class Recording:
     @classmethod
     def load(cls, path: Path, *, model: nn.Module | str | None = None, data_hash: str | None = None) -> Recording:
         """Read a recording; one made of another model (a module or its hash) or of other data raises ValueError."""
-        with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata()
-            if metadata is None or metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a recording of this version; delete it and record again")
-            features = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+        try:
+            with safe_open(path, framework="pt") as stream:
+                metadata = stream.metadata()
+                if metadata is None or metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} is not a recording of this version; delete it and record again")
+                features = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no recording ({error}); delete it and record again") from error
         expected = {"model_hash": hash_model(model) if isinstance(model, nn.Module) else model, "data_hash": data_hash}
         for key, value in expected.items():
             if value is not None and metadata[key] != value:

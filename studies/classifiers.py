@@ -24,6 +24,8 @@ from classification.probe import linear_probe
 from classification.simclr import train_simclr
 from classification.training import precision_on, predict, train_classifier, wilson_interval
 from costs import flops, latency, parameter_counts
+from locks import alone_in
+from settings import check_seeds
 from studies import classifiers_report as report
 from studies.classifier_members import LATER, Member, members_of
 from utils import (
@@ -101,15 +103,16 @@ def run(config: ClassifiersConfig) -> Path:
     """Train what is missing, measure all; returns the results folder."""
     config, members, photos, folder = prepare(config)
     device = resolve_device(config.device)
-    todo = [member for member in members if not is_finished(network_folder(folder, member))]
-    print(f"{estimate(config, todo, photos, device)} Results: {folder}", flush=True)
-    if todo:
-        train_all(config, todo, photos, folder, device)
-    rows = [pd.DataFrame([row_of(member, network_folder(folder, member))]) for member in members]
-    table = pd.concat(rows, ignore_index=True)
-    write_table(table, folder / "accuracy.csv")
-    history = pd.concat([history_of(member, folder) for member in members], ignore_index=True)
-    report.write(folder, table, history, summary_of(photos), config)
+    with alone_in(folder):
+        todo = [member for member in members if not is_finished(network_folder(folder, member))]
+        print(f"{estimate(config, todo, photos, device)} Results: {folder}", flush=True)
+        if todo:
+            train_all(config, todo, photos, folder, device)
+        rows = [pd.DataFrame([row_of(member, network_folder(folder, member))]) for member in members]
+        table = pd.concat(rows, ignore_index=True)
+        write_table(table, folder / "accuracy.csv")
+        history = pd.concat([history_of(member, folder) for member in members], ignore_index=True)
+        report.write(folder, table, history, summary_of(photos), config)
     return folder
 
 
@@ -134,8 +137,7 @@ def settle(config: ClassifiersConfig) -> ClassifiersConfig:
     """Choose the results folder, and refuse settings that cannot run."""
     if not config.networks:
         raise InputError("networks is empty; name at least one, such as {ResNet: {name: resnet18}}")
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"seeds must be different numbers from 0 up, got {config.seeds}")
+    check_seeds(config.seeds)
     if config.jobs < 1 or config.image_size < 8:
         raise InputError(
             f"jobs must be at least 1 and image_size at least 8, got {config.jobs} and {config.image_size}"

@@ -19,6 +19,8 @@ import torch
 from classification.origins import SELF_SUPERVISED
 from explanations.agreement import FRACTION, SIGMA, SIMILARITIES
 from explanations.targets import WHICH
+from locks import alone_in
+from settings import check_seed
 from sources import ImageSource
 from studies import architectures, explanation_report, explanation_work
 from studies.classifiers import ClassifiersConfig, photo_folder
@@ -124,13 +126,14 @@ def run(config: ExplanationsConfig) -> Path:
     pool = choose_images(config, source, subjects)
     hashes = {"images": len(pool.ids), "hash": pool.fingerprint}
     folder = open_with_hashes(config, hashes, resolve_device(config.device), OF_THE_REPORT)
-    job = job_of(config, subjects, pool, folder)
-    print(explanation_work.estimate(subjects, job, folder), f"Results: {folder}", flush=True)
-    unasked = explain_all(subjects, job, folder, config.jobs)
-    left = [subject for subject in subjects if subject.name not in unasked]
-    if len(left) < 2:
-        raise InputError(f"only {len(left)} networks can be asked: {'; '.join(map(': '.join, unasked.items()))}")
-    explanation_report.write(config, left, job, folder, unasked)
+    with alone_in(folder):
+        job = job_of(config, subjects, pool, folder)
+        print(explanation_work.estimate(subjects, job, folder), f"Results: {folder}", flush=True)
+        unasked = explain_all(subjects, job, folder, config.jobs)
+        left = [subject for subject in subjects if subject.name not in unasked]
+        if len(left) < 2:
+            raise InputError(f"only {len(left)} networks can be asked: {'; '.join(map(': '.join, unasked.items()))}")
+        explanation_report.write(config, left, job, folder, unasked)
     return folder
 
 
@@ -156,6 +159,7 @@ def settle(config: ExplanationsConfig) -> ExplanationsConfig:
 
 def check_settings(config: ExplanationsConfig) -> None:
     """Refuse what cannot be, before anything long."""
+    check_seed(config.seed)
     counts = ("images", "compared_at", "permutations", "resamples", "check_images", "check_cells", "few_images")
     for name in (*counts, "levels", "batch_size", "jobs"):
         if getattr(config, name) < 1:

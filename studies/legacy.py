@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 import train as training
-from checkpoints import only_trainer
 from dataset import SegmentationDataset, make_loader
+from locks import alone_in
 from model_sites import declare_site
 from models import TITLES, build_model, load_model
 from recipes import Recipe, TrainConfig, check_recipe, objective
+from settings import check_seeds
 from similarity import Plane, Recording, calibration, plane, record_models
 from similarity.inputs import SMALLEST_N
 from similarity.nulls import Null, plane_null
@@ -112,17 +113,22 @@ def run(config: LegacyConfig) -> Path:
         f"{len(datasets['validation'])} validation images; finished trainings are kept. Results: {folder}",
         flush=True,
     )
-    for recipe, seed in itertools.product(config.models, config.seeds):
-        train_network(config, recipe, seed, datasets, folder, device)
-    rows, recordings = measure_networks(config, datasets["validation"], sites, folder, device)
-    parts = [published(config), by_the_legacy_protocol(config, rows), by_the_corrected_one(config, recordings, sites)]
-    observations = pd.concat(parts, ignore_index=True)
-    tables = {
-        "legacy": observations,
-        "table": headline(config, observations),
-        "control": against_itself(config, rows, recordings, sites),
-    }
-    write(config, tables, datasets, folder)
+    with alone_in(folder):
+        for recipe, seed in itertools.product(config.models, config.seeds):
+            train_network(config, recipe, seed, datasets, folder, device)
+        rows, recordings = measure_networks(config, datasets["validation"], sites, folder, device)
+        parts = [
+            published(config),
+            by_the_legacy_protocol(config, rows),
+            by_the_corrected_one(config, recordings, sites),
+        ]
+        observations = pd.concat(parts, ignore_index=True)
+        tables = {
+            "legacy": observations,
+            "table": headline(config, observations),
+            "control": against_itself(config, rows, recordings, sites),
+        }
+        write(config, tables, datasets, folder)
     return folder
 
 
@@ -168,6 +174,7 @@ def settle(config: LegacyConfig) -> LegacyConfig:
             raise InputError(f"{name} must be at least {number}, got {getattr(config, name)}")
     if len(config.seeds) < 2 or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
         raise InputError(f"seeds must be two different numbers or more, from 0 up, got {config.seeds}")
+    check_seeds(config.seeds)
     _check_pairs(config.pairs)
     return dataclasses.replace(config, models=models, out=str(config.out or default_folder(config)))
 
@@ -220,7 +227,7 @@ def train_network(config, recipe: Recipe, seed: int, datasets: dict, folder: Pat
     run_of_it = training.prepare(job, datasets)
     frozen = legacy_freeze(run_of_it.plain) if config.freezing == "substring" else []
     run_of_it.open_folder()
-    with only_trainer(out):
+    with alone_in(out):
         run_of_it.resume()
         run_of_it.finish_epochs()
     last = pd.read_csv(out / "history.csv").iloc[-1]

@@ -20,9 +20,11 @@ import visualization
 from dataset import SegmentationDataset, make_loader
 from images import Transform
 from inference import load_ensemble, score_split
+from locks import alone_in
 from loss_metrics import METRICS
 from models import TITLES, build_model
 from recipes import TrainConfig, check_cache_features, check_recipe, objective
+from settings import check_label, check_seeds
 from sources import CHOICE_OF_IMAGES, open_datasets
 from train import train
 from utils import (
@@ -70,20 +72,22 @@ def run(config: SegmentationConfig) -> Path:
     opened: dict[Transform, dict[str, SegmentationDataset]] = {}
     datasets = {name: _datasets(jobs[name, config.seeds[0]], opened) for name in (RECIPE, *config.variants)}
     folder = open_run(Path(config.out), settings, device)
-    write_text(folder / "data.json", json.dumps(_hashes(opened), indent=1) + "\n")
-    for (name, seed), job in jobs.items():
-        train_one(name, seed, job, datasets[name])
-    metrics = pd.concat([score_variant(config, name, datasets) for name in (RECIPE, *config.variants)])
-    write_table(metrics, folder / "per_image.csv")
-    counts = {split: len(data.ids) for split, data in datasets[RECIPE].items()}
-    report(config, folder, metrics, counts, {key: Path(job.out) for key, job in jobs.items()})
+    with alone_in(folder):
+        write_text(folder / "data.json", json.dumps(_hashes(opened), indent=1) + "\n")
+        for (name, seed), job in jobs.items():
+            train_one(name, seed, job, datasets[name])
+        metrics = pd.concat([score_variant(config, name, datasets) for name in (RECIPE, *config.variants)])
+        write_table(metrics, folder / "per_image.csv")
+        counts = {split: len(data.ids) for split, data in datasets[RECIPE].items()}
+        report(config, folder, metrics, counts, {key: Path(job.out) for key, job in jobs.items()})
     return folder
 
 
 def trainings(config: SegmentationConfig) -> dict[tuple[str, int], TrainConfig]:
     """{(variant, seed): its training}, the recipe first; refuses settings that do not exist or cannot run."""
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        raise InputError(f"seeds must be different numbers, got {config.seeds}")
+    check_seeds(config.seeds)
+    for name in config.variants:
+        check_label("variant", name)
     if RECIPE in config.variants:
         raise InputError(f"a variant may not be called {RECIPE!r}: that is the recipe without changes; rename it")
     known = {part.name for part in dataclasses.fields(TrainConfig)}

@@ -20,8 +20,10 @@ from torch import nn
 from dataset import SegmentationDataset, make_loader
 from images import duplicates
 from inference import score
+from locks import alone_in
 from loss_metrics import summarize
 from models import build_model, load_model
+from settings import check_seeds
 from similarity import Recording, record_models
 from similarity.intervals import FEWEST_IMAGES
 from similarity.policies import parse_policy
@@ -115,14 +117,15 @@ class Member:
 def run(config: UniversalityConfig) -> Path:
     """The whole study; returns the results folder."""
     config, datasets, folder = prepare(config)
-    device = resolve_device(config.device)
-    print(f"{estimate(config, datasets)} Results: {folder}", flush=True)
-    for member in members(config):
-        train_member(config, member, datasets, folder)
-    metrics = score_all(config, datasets["test"], folder, device)
-    recordings = record_all(config, datasets["test"], folder, device)
-    found = analyse(config, recordings, datasets, folder, device)
-    report.write(config, folder, datasets, metrics, found, device)
+    with alone_in(folder):
+        device = resolve_device(config.device)
+        print(f"{estimate(config, datasets)} Results: {folder}", flush=True)
+        for member in members(config):
+            train_member(config, member, datasets, folder)
+        metrics = score_all(config, datasets["test"], folder, device)
+        recordings = record_all(config, datasets["test"], folder, device)
+        found = analyse(config, recordings, datasets, folder, device)
+        report.write(config, folder, datasets, metrics, found, device)
     return folder
 
 
@@ -206,8 +209,10 @@ def settle(config: UniversalityConfig) -> UniversalityConfig:
                 raise InputError(f"unknown measure {name!r} under {policy}; closest: {closest(name, ESTIMATORS)}")
     if HEADLINE not in config.policies.get("gap", []):
         raise InputError(f"policies must hold {HEADLINE} under gap: it is the headline of the summary")
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"seeds must be different numbers from 0 up, got {config.seeds}")
+    for policy, estimators in config.policies.items():
+        if twice := {name for name in estimators if estimators.count(name) > 1}:
+            raise InputError(f"policies: {policy} lists {min(twice)} twice; once is enough")
+    check_seeds(config.seeds)
     out = config.out or default_folder(config)
     return dataclasses.replace(config, models=models, out=str(out))
 

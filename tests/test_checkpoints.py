@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import checkpoints
+import locks
 import models
 import train as door
 from train import TrainConfig, train
@@ -316,10 +317,10 @@ def test_two_trainings_in_one_folder_are_refused(base, whole):
     holder = (
         "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     )
-    command = [sys.executable, "-c", holder, str(whole / checkpoints.LOCK)]
+    command = [sys.executable, "-c", holder, str(whole / locks.LOCK)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(InputError, match="another process is training in"):
+        with pytest.raises(InputError, match="another process is at work in"):
             train(dataclasses.replace(base, out=str(whole)))
         other.kill()
     train(dataclasses.replace(base, out=str(whole)))  # the lock went with the process

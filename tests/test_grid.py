@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from grid_work import calls_of, drive, wait_for, work
 
-from checkpoints import only_trainer
+from locks import alone_in
 from recipes import TrainConfig
 from studies import grid
 from studies.grid import Cell, cells_of, check_settings, dry_run, merged, overview, page, run_cell, state
@@ -166,7 +166,7 @@ def test_a_training_finds_its_folder_as_it_wants_it(tmp_path):
 
     def trained(cell, folder):
         refuse_other_run(folder, {"seed": 0})
-        with only_trainer(folder):
+        with alone_in(folder):
             assert state(folder) == "running"
 
     cell = cells_of({"seed": [0]})[0]

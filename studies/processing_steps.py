@@ -19,8 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from locks import alone_in
 from processing.image_statistics import image_statistics
 from processing.lesion_statistics import lesion_statistics
+from settings import check_seed
 from similarity.intervals import FEWEST_IMAGES
 from similarity.policies import parse_policy
 from sources import ImageSource
@@ -128,11 +130,12 @@ def run(config: ProcessingConfig) -> Path:
     chosen, statistics = with_statistics(config, chosen)
     hashes = {"images": len(chosen.ids), "hash": chosen.fingerprint}
     folder = open_with_hashes(config, hashes, resolve_device(config.device), OF_THE_REPORT)
-    write_table(statistics, folder / "statistics.csv")
-    asked = asked_of(config, chosen, statistics)
-    print(expected(walks, asked, folder), f"Results: {folder}", flush=True)
-    make_all(walks, asked, folder, config.jobs)
-    processing_report.write(config, walks, asked, folder)
+    with alone_in(folder):
+        write_table(statistics, folder / "statistics.csv")
+        asked = asked_of(config, chosen, statistics)
+        print(expected(walks, asked, folder), f"Results: {folder}", flush=True)
+        make_all(walks, asked, folder, config.jobs)
+        processing_report.write(config, walks, asked, folder)
     return folder
 
 
@@ -178,6 +181,7 @@ def check_settings(config: ProcessingConfig) -> None:
             raise InputError(f"shown: {pair} is no pair of labels; give two, such as [ResNet, ViT]")
     for study in config.train:
         pick("study that trains networks", study, TRAINERS)
+    check_seed(config.seed)
     resolve_device(config.device)
 
 

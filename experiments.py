@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from studies import architectures, classifiers, encoders, explanations, legacy, segmentation, universality
+from studies import architectures, classifiers, encoders, explanations, legacy, report, segmentation, universality
 from utils import HOME, InputError, closest, format_seconds, read_settings, sentences_instead_of_tracebacks
 
 STUDIES = {
@@ -22,6 +22,7 @@ STUDIES = {
     "architectures": (architectures.ArchitecturesConfig, architectures.run),
     "classifiers": (classifiers.ClassifiersConfig, classifiers.run),
     "explanations": (explanations.ExplanationsConfig, explanations.run),
+    "report": (report.ReportConfig, report.run),
 }
 DEFAULT_CONFIG = {
     "universality": HOME / "configs" / "demo.yaml",
@@ -31,6 +32,7 @@ DEFAULT_CONFIG = {
     "architectures": HOME / "configs" / "architectures_demo.yaml",
     "classifiers": HOME / "configs" / "classifiers_demo.yaml",
     "explanations": HOME / "configs" / "explanations_demo.yaml",
+    "report": HOME / "configs" / "report.yaml",
 }
 SWITCHES = ("--dry-run", "--dry_run", "--retry")  # settings that are true when they are named
 

@@ -99,7 +99,6 @@ function showPlane() {
   const cell = (i, j) => cells.get(`${left[i]}\n${right[j]}`);
   if (!rows.length) {
     plane.leave();
-    plots.delete(plane.map);
     fill(byId("plane-map"), missing("These sites were not compared by this measure under this policy."));
     byId("plane-caption").textContent = "";
     return;

@@ -78,7 +78,7 @@ function picturesOf(entry, sides) {
     rows.map((row, k) => element("td", {}, tile(row && row.row, column, `${sides[k].name}, ${sides[k].site}, ${id}`)))));
   atlas.addEventListener("load", () => {
     for (const [canvas, row, column] of tiles) {
-      canvas.getContext("2d").drawImage(atlas, column * pictures.tile, row * pictures.tile, pictures.tile, pictures.tile,
+      canvas.getContext("2d", { willReadFrequently: true }).drawImage(atlas, column * pictures.tile, row * pictures.tile, pictures.tile, pictures.tile,
         0, 0, pictures.tile, pictures.tile);
     }
   });

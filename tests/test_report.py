@@ -48,6 +48,8 @@ def test_numbers_on_the_committed_page_are_those_of_the_tables_to_four_digits():
         for name in ("similarity", "u", "ceiling_low", "p_value", "null_high"):
             values = np.array([np.nan if value is None else value for value in shown[name]])
             np.testing.assert_allclose(values, table[name], rtol=6e-4)
+        facts = set(pd.read_csv(HOME / "results" / entry["folder"] / "sites.csv")["site"])
+        assert set(table["site_a"]) | set(table["site_b"]) <= facts
         words = shown["site_b"]
         assert [words["levels"][code] for code in words["codes"]] == table["site_b"].tolist()
 

@@ -121,7 +121,7 @@ function showPlane() {
     + `jackknife. Null: ${entry.permutations ?? "some"} permutations of the images of one side. White crosses: not told `
     + `from chance (q > ${TOLD_APART}, Benjamini–Hochberg over all pairs of sites). Sites in order of execution`
     + `${chosen.shown === "u" ? `; colours end at u = ${U_RANGE.join(" and ")}, and where the ceiling is not above the `
-      + "floor there is no u" : ""}. On a narrow screen sites are numbered and the line below the map names them.`;
+      + "floor there is no u" : ""}.`;
 }
 
 const seedsOf = (entry) => (Array.isArray(entry.seeds) ? ` of seeds ${entry.seeds.join(", ")}` : "");

@@ -13,7 +13,8 @@ const CELL = { least: 13, most: 34 }; // px
 function heatMap(host) {
   const map = element("div", { class: "map", tabindex: "0", role: "application" });
   const readout = element("p", { class: "readout", role: "status", "aria-live": "polite" });
-  fill(host, map, readout);
+  const legend = element("details", { class: "names" });
+  fill(host, map, readout, legend);
   let spec = null;
   let at = [0, 0];
 
@@ -55,6 +56,7 @@ function heatMap(host) {
     readout.textContent = "";
     map.setAttribute("aria-label", `${spec.label} Arrow keys move from cell to cell`
       + (spec.open ? ", Enter opens a cell." : "."));
+    fill(legend, element("summary", {}, "What the numbers at the axes stand for"), numbered(spec));
     plot(map, drawn);
     if (!first) return;
     map.on("plotly_click", (event) => {
@@ -65,6 +67,14 @@ function heatMap(host) {
     });
   }
   return { update, map, leave: () => { unplot(map); spec = null; fill(host); }, focus: () => map.focus() };
+}
+
+/** Lists of the names behind the numbers that a narrow screen has at its axes. */
+function numbered(spec) {
+  const list = (title, names) => [element("p", {}, title),
+    element("ol", {}, names.map((name) => element("li", {}, name)))];
+  const same = String(spec.rowNames) === String(spec.columnNames);
+  return [...list(same ? "Rows and columns" : "Rows", spec.rowNames), ...(same ? [] : list("Columns", spec.columnNames))];
 }
 
 function traces(spec, width, colours) {

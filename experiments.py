@@ -18,6 +18,7 @@ from studies import (
     explanations,
     legacy,
     processing_steps,
+    report,
     segmentation,
     universality,
 )
@@ -32,6 +33,7 @@ STUDIES = {
     "classifiers": (classifiers.ClassifiersConfig, classifiers.run),
     "explanations": (explanations.ExplanationsConfig, explanations.run),
     "processing_steps": (processing_steps.ProcessingConfig, processing_steps.run),
+    "report": (report.ReportConfig, report.run),
 }
 DEFAULT_CONFIG = {
     "universality": HOME / "configs" / "demo.yaml",
@@ -42,6 +44,7 @@ DEFAULT_CONFIG = {
     "classifiers": HOME / "configs" / "classifiers_demo.yaml",
     "explanations": HOME / "configs" / "explanations_demo.yaml",
     "processing_steps": HOME / "configs" / "processing_steps_demo.yaml",
+    "report": HOME / "configs" / "report.yaml",
 }
 SWITCHES = ("--dry-run", "--dry_run", "--retry")  # settings that are true when they are named
 

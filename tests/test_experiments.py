@@ -118,6 +118,8 @@ def test_every_yaml_parses_and_settles(path):
         assert [way.name for way in ways_of(config.methods, config.images)] == list(stored["methods"])
         for label, settings in config.pretrained.items():
             assert named(label, dict(settings)).family in FAMILIES
+    elif study == "report":
+        assert config.out.endswith(".html") and config.results == ["results"]
     else:
         jobs = segmentation.trainings(dataclasses.replace(config, out="somewhere"))
         assert len(jobs) == len(config.seeds) * (1 + len(config.variants))

@@ -96,8 +96,8 @@ def body_key(subject: Subject) -> str:
         name, options = (spec.name, spec.options) if subject.spec else (spec["name"], spec["options"])
         return digest(name.partition(".")[0], dict(options))
     spec = ModelSpec(**{key: value for key, value in _stored(subject, "model.json").items() if key != "freeze"})
-    if "body" in spec.options:  # a timm network as a classifier knows it
-        return digest(spec.preset.partition(".")[0], dict(spec.options["body"]))
+    if spec.name == "all_mlp":  # on a timm network as a classifier knows it
+        return digest(spec.preset.partition(".")[0], dict(spec.options.get("body", {})))
     options = {key: value for key, value in spec.options.items() if key in ("encoder", "backbone", "hub")}
     return digest(spec.name if spec.name == "mask2former" else "", spec.preset, encoder_name(spec), options)
 

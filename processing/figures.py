@@ -107,11 +107,12 @@ def matched_depths(
             below[column].plot(line["depth"], line["mean"], color=colour, lw=1.5, marker="o", ms=2.5)
             below[column].fill_between(line["depth"], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
         below[column].set(xlabel="relative depth", xlim=(0, 1))
-        below[column].set_ylim(bottom=0)
         tidy(below[column])
+    below[0].set_ylim(0, 1.25 * curves["mean"].max())  # a wide band may leave the panel
     above[0].set_ylabel("distance of best matches\n(relative depth)")
     below[0].set_ylabel("imbalance at matched depth\n(0 all, 1 nothing shared)")
-    handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in RELATION_COLOURS.items()]
+    there = {name: colour for name, colour in RELATION_COLOURS.items() if name in set(relations["relation"])}
+    handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in there.items()]
     handles += [Line2D([], [], color="0.5", marker="_", ls="none", ms=10, mew=2, label="chance (shuffled sites)")]
     figure.legend(handles=handles, loc="outside right center", fontsize=7, frameon=False)
     return settle(figure)
@@ -119,7 +120,7 @@ def matched_depths(
 
 def _distances(ax: Axes, table: pd.DataFrame) -> None:
     """A point a relation with its interval, and the chance level beside it."""
-    relations = list(dict.fromkeys(table["relation"]))
+    relations = [name for name in RELATION_COLOURS if name in set(table["relation"])]
     for place, relation in enumerate(relations):
         own = table[table["relation"] == relation].set_index("quantity")
         row = own.loc["distance"]
@@ -227,6 +228,15 @@ def _say_p(ax: Axes, tests: pd.DataFrame, trainings: Sequence[str]) -> None:
             ax.text(where, top, f"p = {row.p_holm:.2g}", fontsize=6, ha="center", va="bottom", color="0.3")
 
 
+def _at_tenths(kept: pd.DataFrame) -> pd.DataFrame:
+    """R² of every network and statistic at the tenths of the depth, linearly between its sites."""
+    tenths, parts = np.linspace(0.1, 1, 10), []
+    for (network, statistic), own in kept.groupby(["network", "statistic"], sort=False):
+        values = np.interp(tenths, own["depth"], own["r2"], left=np.nan)
+        parts.append(pd.DataFrame({"network": network, "statistic": statistic, "tenth": tenths, "r2": values}))
+    return pd.concat(parts, ignore_index=True).dropna()
+
+
 def kept_along_depth(
     kept: pd.DataFrame, facts: pd.DataFrame, *, title: str, caption: str, synthetic: bool, columns: int = 4
 ) -> Figure:
@@ -236,9 +246,7 @@ def kept_along_depth(
     from the lowest to the highest family's mean.
     """
     need_columns(kept, ["network", "depth", "statistic", "r2"], "kept")
-    kept = kept.merge(facts[["network", "family", "training"]], on="network").assign(
-        tenth=lambda table: (np.minimum((table["depth"] * 10).astype(int), 9) + 0.5) / 10
-    )
+    kept = _at_tenths(kept).merge(facts[["network", "family", "training"]], on="network")
     statistics = list(dict.fromkeys(kept["statistic"]))
     rows = -(-len(statistics) // columns)
     figure = new_figure(2.3 * columns + 1.5, 2.0 * rows, title=title, caption=caption, synthetic=synthetic)

@@ -24,7 +24,7 @@ TESTED = ("both", "linear_cka", "mutual_knn")
 SEED, BODY, FAMILY, OTHER = "another seed", "same body", "same family", "other family"
 RELATIONS = (SEED, BODY, FAMILY, OTHER)
 CHANGES = ("both", "cka_change")
-BINS = 10  # of relative depth
+TENTHS = np.linspace(0.1, 1, 10)  # of the relative depth
 SPENT = ("parameters", "operations")
 QUANTITIES = ["matched", "elsewhere", "elsewhere − matched", "distance", "chance", "reversed"]
 
@@ -123,7 +123,11 @@ def over_bodies(values: pd.Series, bodies: Sequence[set[str]]) -> dict[str, floa
 
 
 def curves_table(pairs: pd.DataFrame, together: Together, walks: Sequence[Walk]) -> pd.DataFrame:
-    """Imbalance of matched pairs of sites along the depth, by training and relation: one row a tenth of the depth."""
+    """Imbalance of matched sites along the depth, by training and relation: one row a tenth of the depth.
+
+    Between the matched pairs of sites of two networks their imbalance is interpolated, so that every tenth is of the
+    same pairs of networks; a pair's first sites are where it begins.
+    """
     body = {walk.name: walk.body for walk in walks}
     found = []
     for row in pairs.itertuples():
@@ -139,6 +143,12 @@ def curves_table(pairs: pd.DataFrame, together: Together, walks: Sequence[Walk])
         about = {"part": part, "training": training, "relation": relation, "depth": depth, "pairs": len(group)}
         rows.append(about | over_bodies(group["matched"], list(group["bodies"])))
     return pd.DataFrame(rows)
+
+
+def along_tenths(depths: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values at the tenths of the depth, linearly between the means at equal depths; NaN before the first depth."""
+    means = pd.Series(values).groupby(depths).mean()
+    return np.interp(TENTHS, means.index, means, left=np.nan)
 
 
 def intervals_tables(

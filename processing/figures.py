@@ -35,6 +35,7 @@ TRAINING_COLOURS = {"classifier": BLUE, "self-supervised": GREEN, "segmentation"
 FAMILY_STYLES = {"CNN": "-", "transformer": "--", "hybrid": ":"}
 FAMILY_COLOURS = {"CNN": BLUE, "transformer": VERMILLION, "hybrid": GREEN}
 RELATION_COLOURS = {"another seed": BLACK, "same body": PURPLE, "same family": BLUE, "other family": VERMILLION}
+BROKEN = {"self-supervised": "self-\nsupervised", "segmentation": "segmen-\ntation"}  # where there is little room
 PANEL = 2.3  # inches
 COLUMNS = 4
 
@@ -169,7 +170,7 @@ def smooth_steps(
             tidy(ax)
             if not row:
                 ax.set_title(training, fontsize=9)
-        axes[row, 0].set_ylabel("change to the next site" if change == "both" else "1 − CKA of neighbours")
+        axes[row, 0].set_ylabel("change from the site before" if change == "both" else "1 − CKA of neighbours")
     families = [family for family in FAMILY_COLOURS if family in set(steps["family"])]
     handles = [Line2D([], [], color=FAMILY_COLOURS[family], label=family) for family in families]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
@@ -195,10 +196,13 @@ def families_compared(
             ax = axes[row, column]
             own = smooth[smooth["rule"] == rule].groupby(["training", "family", "body"])[statistic].mean().reset_index()
             _beside(ax, own, statistic, trainings)
-            _say_p(ax, tests[(tests["rule"] == rule) & (tests["statistic"] == statistic)], trainings)
             tidy(ax)
             if not row:
                 ax.set_title(f"sites: {rule}", fontsize=9)
+        bodies = smooth.groupby(["training", "rule", "body"])[statistic].mean()
+        axes[row, 0].set_ylim(0, 1.2 * bodies.max())
+        for ax, rule in zip(axes[row], rules):
+            _say_p(ax, tests[(tests["rule"] == rule) & (tests["statistic"] == statistic)], trainings)
         axes[row, 0].set_ylabel(words)
     shown = [family for family in FAMILY_COLOURS if family in set(smooth["family"])]
     handles = [Line2D([], [], color=FAMILY_COLOURS[f], marker="o", ls="none", label=f) for f in shown]
@@ -215,9 +219,8 @@ def _beside(ax: Axes, own: pd.DataFrame, statistic: str, trainings: Sequence[str
             if len(values):
                 mean = values.mean()
                 ax.plot([place + shift - 0.14, place + shift + 0.14], [mean, mean], color=FAMILY_COLOURS[family], lw=2)
-    ax.set_xticks(range(len(trainings)), [name.replace("-", "-\n") for name in trainings], fontsize=7)
+    ax.set_xticks(range(len(trainings)), [BROKEN.get(name, name) for name in trainings], fontsize=7)
     ax.set(xlim=(-0.5, len(trainings) - 0.5))
-    ax.set_ylim(bottom=0)
 
 
 def _say_p(ax: Axes, tests: pd.DataFrame, trainings: Sequence[str]) -> None:
@@ -225,7 +228,7 @@ def _say_p(ax: Axes, tests: pd.DataFrame, trainings: Sequence[str]) -> None:
     for row in tests.itertuples():
         if row.training in trainings and np.isfinite(row.p_holm):
             where = trainings.index(row.training)
-            ax.text(where, top, f"p = {row.p_holm:.2g}", fontsize=6, ha="center", va="bottom", color="0.3")
+            ax.text(where, 0.98 * top, f"p = {row.p_holm:.2g}", fontsize=6, ha="center", va="top", color="0.3")
 
 
 def _at_tenths(kept: pd.DataFrame) -> pd.DataFrame:

@@ -132,12 +132,9 @@ def curves_table(pairs: pd.DataFrame, together: Together, walks: Sequence[Walk])
     found = []
     for row in pairs.itertuples():
         depths, values = matched_curve(together, row.network_a, row.network_b)
-        place = np.minimum((depths * BINS).astype(int), BINS - 1)
-        each = pd.DataFrame({"depth": (place + 0.5) / BINS, "matched": values}).groupby("depth")["matched"].mean()
+        each = pd.DataFrame({"depth": TENTHS, "matched": along_tenths(depths, values)}).dropna()
         about = {"training": row.training, "relation": row.relation, "part": row.part}
-        found.append(
-            each.reset_index().assign(**about, bodies=[{body[row.network_a], body[row.network_b]}] * len(each))
-        )
+        found.append(each.assign(**about, bodies=[{body[row.network_a], body[row.network_b]}] * len(each)))
     rows = []
     for (part, training, relation, depth), group in pd.concat(found).groupby(["part", "training", "relation", "depth"]):
         about = {"part": part, "training": training, "relation": relation, "depth": depth, "pairs": len(group)}

@@ -34,7 +34,7 @@ ROOMS = {
     ),
     "explanations": (("explanations.*",), ("ground", "instrument", "models", "figures")),
     "figures": (FIGURES, ("ground",)),
-    "processing": (("processing.*",), ("ground", "instrument", "explanations")),
+    "processing": (("processing.*",), ("ground", "instrument", "models", "explanations", "figures")),
     "training parts": (
         ("optimization", "checkpoints", "watching", "frozen_features", "recipes"),
         ("ground", "metrics", "images", "models"),
@@ -54,7 +54,7 @@ ROOMS = {
     "front door": (("experiments",), ("ground", "studies")),
 }
 # beside ground and instrument, what figures may know of other rooms: no network
-NUMBERS = ("explanations.clusters",)
+NUMBERS = ("explanations.clusters", "processing.planes")
 BOUGHT_BY_THE_INSTRUMENT = {"torch", "numpy", "scipy", "pandas", "safetensors", "tqdm", "psutil", "sklearn"}
 LONGEST = 450  # lines: about 400 is the aim, a little more is no reason to tear apart what belongs together
 LONGER = {}  # file: why it is longer than that

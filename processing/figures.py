@@ -39,11 +39,19 @@ COLUMNS = 4
 
 
 def planes(
-    tables: Mapping[str, pd.DataFrame], *, title: str, label: str, caption: str, synthetic: bool, value: str = "both"
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    title: str,
+    label: str,
+    caption: str,
+    synthetic: bool,
+    value: str = "both",
+    best: bool = True,
 ) -> Figure:
     """Heat maps of one value over depth × depth, one panel a pair of networks, on one scale; dots are best matches.
 
     tables : title of a panel, 'A | B' -> table of planes as `planes.similarity_planes` gives it
+    best : whether best matches are marked
     """
     columns = min(COLUMNS, len(tables))
     rows = -(-len(tables) // columns)
@@ -59,7 +67,8 @@ def planes(
         edges_a, edges_b = _edges(one.depth_a), _edges(one.depth_b)
         ax.pcolormesh(edges_b, edges_a, one.values * sign, cmap=colours, norm=norm)
         ax.plot([0, 1], [0, 1], color="white", lw=0.8, ls="--")
-        _best(ax, one)
+        if best:
+            _best(ax, one)
         ax.set(xlim=(edges_b[0], 1), ylim=(edges_a[0], 1))
         ax.set_xlabel(f"depth of {b}", fontsize=7)
         ax.set_ylabel(f"depth of {a}", fontsize=7)

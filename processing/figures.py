@@ -22,6 +22,7 @@ from visualization import (
     BLACK,
     BLUE,
     GREEN,
+    ORANGE,
     PURPLE,
     VERMILLION,
     need_columns,
@@ -55,7 +56,7 @@ def planes(
     """
     columns = min(COLUMNS, len(tables))
     rows = -(-len(tables) // columns)
-    figure = new_figure(PANEL * columns + 1.0, (PANEL + 0.25) * rows, title=title, caption=caption, synthetic=synthetic)
+    figure = new_figure(PANEL * columns + 1.0, (PANEL + 0.35) * rows, title=title, caption=caption, synthetic=synthetic)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     grids = {name: grid(table, value) for name, table in tables.items()}
     sign = -1 if value in ("linear_cka", "mutual_knn") else 1
@@ -87,11 +88,11 @@ def _edges(depths: np.ndarray) -> np.ndarray:
 
 
 def _best(ax: Axes, one) -> None:
-    """A dot at the best match of every site: round of A's sites, square of B's."""
+    """A mark at the best match of every site: round and white of A's sites, square and orange of B's."""
     middle_a, middle_b = ((_edges(each)[1:] + _edges(each)[:-1]) / 2 for each in (one.depth_a, one.depth_b))
-    for best, marker, colour in ((one.best(1), "o", "white"), (one.best(0), "s", "none")):
+    for best, marker, colour, size in ((one.best(0), "s", ORANGE, 22), (one.best(1), "o", "white", 9)):
         i, j = np.nonzero(best > 0)
-        ax.scatter(middle_b[j], middle_a[i], s=14, marker=marker, facecolor=colour, edgecolor=BLACK, linewidth=0.7)
+        ax.scatter(middle_b[j], middle_a[i], s=size, marker=marker, facecolor=colour, edgecolor=BLACK, linewidth=0.6)
 
 
 def matched_depths(

@@ -164,9 +164,9 @@ def draw(
     made["planes"] = figures.planes(
         planes,
         title="Are two networks most alike at the same depth?",
-        label="information imbalance, mean of both directions",
+        label="imbalance, mean of both ways",
         caption=f"Encoder sites (every block's output), {of}; 0: neighbours in one are neighbours in the other, 1: no "
-        "information. Dots: the best match in B of each site of A; squares: in A of each of B. Dashed: equal depth.",
+        "information. White dots: the best match in B of each site of A; orange squares: in A of each of B. Dashed: equal depth.",
         synthetic=synthetic,
         value="both",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from studies.processing_tables import FAMILY, OTHER, SEED
+from studies.processing_tables import BODY, FAMILY, OTHER, SEED
 from studies.processing_work import ENCODER, Work
 from studies.walks import UNTRAINED, Walk
 from utils import git_commit, markdown_table
@@ -141,7 +141,8 @@ def _with_interval(row: Mapping) -> str:
 
 
 def relation_words(relations: pd.DataFrame, part: str) -> str:
-    """A row a training and relation."""
+    """A row a training and relation, and of two trainings those of one body: before and after."""
+    relations = relations[~relations["training"].str.contains(" × ") | (relations["relation"] == BODY)]
     header = [
         "training",
         "pair",

@@ -76,9 +76,11 @@ class Walk:
 def walks_of(subjects: Sequence[Subject], untrained: bool = True) -> list[Walk]:
     """The networks, and for each body and seed one untrained twin; two networks of one name are refused.
 
-    A body is called as the first network with it. Bodies are the same where name and options of the encoder are.
+    In the order of `TRAININGS`; a body is called as the first network with it. Bodies are the same where name and
+    options of the encoder are.
     """
     titles: dict[str, str] = {}
+    subjects = sorted(subjects, key=lambda subject: list(TRAININGS).index(subject.training))
     found = [Walk(subject, titles.setdefault(body_key(subject), subject.label)) for subject in subjects]
     twins = {(walk.body, walk.subject.seed): dataclasses.replace(walk, twin=True) for walk in reversed(found)}
     found += reversed(twins.values()) if untrained else []

@@ -158,8 +158,8 @@ def kept_recording(network: str, folder: Path) -> Recording:
     found = sorted((folder / "walks" / slug(network)).glob("recording-*.safetensors"))
     if len(found) != 1:
         raise InputError(
-            f"{folder} has {len(found)} recordings of {network!r}; run the study where there are none, and where several "
-            "weights, images or policies were recorded read the one that is meant with Recording.load"
+            f"{folder} has {len(found)} recordings of {network!r}; run the study where there are none; where several"
+            " weights, images or policies were recorded, read the one that is meant with Recording.load"
         )
     return Recording.load(found[0])
 

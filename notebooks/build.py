@@ -19,7 +19,6 @@ from nbclient import NotebookClient
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 NOTEBOOKS = ("unetpp", "mask2former", "mech_interp_experiment", "encoders_and_architectures", "explanations")
-NOTEBOOKS += ("processing_steps",)
 LIMIT_BYTES = 1_500_000
 # notebooks that differ by their model alone have one source, one_model.py, with these words in its places
 OF_ONE_MODEL = {

@@ -214,6 +214,8 @@ def families_compared(
         p_holm
     """
     names = {"mean": "mean change", "cv": "coefficient of variation", "largest": "largest jump"}
+    need_columns(smooth, ["body", "family", "training", "rule", "change", *names], "smoothness")
+    need_columns(tests, ["training", "rule", "change", "statistic", "p_holm"], "families")
     smooth, tests = smooth[smooth["change"] == change], tests[tests["change"] == change]
     trainings = [name for name in TRAINING_COLOURS if name in set(smooth["training"])]
     rules = list(dict.fromkeys(smooth["rule"]))

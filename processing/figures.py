@@ -6,6 +6,7 @@ question, named in its title.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,11 +42,19 @@ COLUMNS = 4
 
 
 def planes(
-    tables: Mapping[str, pd.DataFrame], *, title: str, label: str, caption: str, synthetic: bool, value: str = "both"
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    title: str,
+    label: str,
+    caption: str,
+    synthetic: bool,
+    value: str = "both",
+    best: bool = True,
 ) -> Figure:
     """Heat maps of one value over depth × depth, one panel a pair of networks, on one scale; dots are best matches.
 
     tables : title of a panel, 'A | B' -> table of planes as `planes.similarity_planes` gives it
+    best : whether best matches are marked
     """
     columns = min(COLUMNS, len(tables))
     rows = -(-len(tables) // columns)
@@ -61,17 +70,23 @@ def planes(
         edges_a, edges_b = _edges(one.depth_a), _edges(one.depth_b)
         ax.pcolormesh(edges_b, edges_a, one.values * sign, cmap=colours, norm=norm)
         ax.plot([0, 1], [0, 1], color="white", lw=0.8, ls="--")
-        _best(ax, one)
+        if best:
+            _best(ax, one)
         ax.set(xlim=(edges_b[0], 1), ylim=(edges_a[0], 1))
-        ax.set_xlabel(f"depth of {b}", fontsize=7)
-        ax.set_ylabel(f"depth of {a}", fontsize=7)
+        ax.set_xlabel(_wrapped(f"depth of {b}"), fontsize=7)
+        ax.set_ylabel(_wrapped(f"depth of {a}"), fontsize=7)
         ax.tick_params(labelsize=6)
     for ax in axes[len(grids) :]:
         ax.set_axis_off()
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes.tolist(), fraction=0.03, pad=0.01, aspect=30)
-    bar.set_label(label, fontsize=8)
+    bar.set_label(_wrapped(label), fontsize=7)
     bar.ax.tick_params(labelsize=7)
     return settle(figure)
+
+
+def _wrapped(text: str) -> str:
+    """In lines that are no longer than a panel."""
+    return "\n".join(textwrap.wrap(text, 30))
 
 
 def _edges(depths: np.ndarray) -> np.ndarray:
@@ -130,8 +145,16 @@ def _distances(ax: Axes, table: pd.DataFrame) -> None:
         ax.plot([place], [own.loc["chance", "mean"]], marker="_", ms=14, mew=2, color="0.5")
     ax.set_xticks(range(len(relations)), [name.replace(" ", "\n") for name in relations], fontsize=7)
     ax.set(xlim=(-0.6, len(relations) - 0.4))
-    ax.set_ylim(bottom=0)
+    _reach_up(ax, table.loc[table["quantity"].isin(("distance", "chance")), ["mean", "high"]].to_numpy())
     tidy(ax)
+
+
+def _reach_up(ax: Axes, values: np.ndarray, room: float = 1.05) -> None:
+    """From 0 to where the highest value has its room; of axes that are shared the highest of all."""
+    there = [
+        line for line in ax.get_shared_y_axes().get_siblings(ax) if line is not ax and not line.get_autoscaley_on()
+    ]
+    ax.set_ylim(0, max([room * np.nanmax(values), *(other.get_ylim()[1] for other in there)]))
 
 
 def smooth_steps(
@@ -164,13 +187,20 @@ def smooth_steps(
             ax = axes[row, place]
             for (_, family), path in steps[steps["training"] == training].groupby(["network", "family"], sort=False):
                 ax.plot(
-                    path[column], path[change], color=FAMILY_COLOURS[family], lw=0.9, alpha=0.75, marker="o", ms=1.8
+                    path[column],
+                    path[change],
+                    color=FAMILY_COLOURS[family],
+                    lw=0.9,
+                    alpha=0.75,
+                    marker="o",
+                    ms=1.8,
+                    clip_on=False,
                 )
             ax.set(xlabel=words, xlim=(0, 1))
             tidy(ax)
             if not row:
                 ax.set_title(training, fontsize=9)
-        axes[row, 0].set_ylabel("change from the site before" if change == "both" else "1 − CKA of neighbours")
+        axes[row, 0].set_ylabel("change into the site" if change == "both" else "1 − CKA of neighbours")
     families = [family for family in FAMILY_COLOURS if family in set(steps["family"])]
     handles = [Line2D([], [], color=FAMILY_COLOURS[family], label=family) for family in families]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
@@ -186,23 +216,22 @@ def families_compared(
         p_holm
     """
     names = {"mean": "mean change", "cv": "coefficient of variation", "largest": "largest jump"}
+    need_columns(smooth, ["body", "family", "training", "rule", "change", *names], "smoothness")
+    need_columns(tests, ["training", "rule", "change", "statistic", "p_holm"], "families")
     smooth, tests = smooth[smooth["change"] == change], tests[tests["change"] == change]
     trainings = [name for name in TRAINING_COLOURS if name in set(smooth["training"])]
     rules = list(dict.fromkeys(smooth["rule"]))
-    figure = new_figure(2.7 * len(rules) + 1.2, 6.2, title=title, caption=caption, synthetic=synthetic)
+    figure = new_figure(3.2 * len(rules) + 1.2, 6.2, title=title, caption=caption, synthetic=synthetic)
     axes = figure.subplots(len(names), len(rules), squeeze=False, sharey="row")
     for row, (statistic, words) in enumerate(names.items()):
         for column, rule in enumerate(rules):
             ax = axes[row, column]
             own = smooth[smooth["rule"] == rule].groupby(["training", "family", "body"])[statistic].mean().reset_index()
             _beside(ax, own, statistic, trainings)
+            _say_p(ax, tests[(tests["rule"] == rule) & (tests["statistic"] == statistic)], trainings)
             tidy(ax)
             if not row:
                 ax.set_title(f"sites: {rule}", fontsize=9)
-        bodies = smooth.groupby(["training", "rule", "body"])[statistic].mean()
-        axes[row, 0].set_ylim(0, 1.2 * bodies.max())
-        for ax, rule in zip(axes[row], rules):
-            _say_p(ax, tests[(tests["rule"] == rule) & (tests["statistic"] == statistic)], trainings)
         axes[row, 0].set_ylabel(words)
     shown = [family for family in FAMILY_COLOURS if family in set(smooth["family"])]
     handles = [Line2D([], [], color=FAMILY_COLOURS[f], marker="o", ls="none", label=f) for f in shown]
@@ -221,14 +250,15 @@ def _beside(ax: Axes, own: pd.DataFrame, statistic: str, trainings: Sequence[str
                 ax.plot([place + shift - 0.14, place + shift + 0.14], [mean, mean], color=FAMILY_COLOURS[family], lw=2)
     ax.set_xticks(range(len(trainings)), [BROKEN.get(name, name) for name in trainings], fontsize=7)
     ax.set(xlim=(-0.5, len(trainings) - 0.5))
+    _reach_up(ax, own[statistic].to_numpy(), room=1.15)  # p stands above the dots
 
 
 def _say_p(ax: Axes, tests: pd.DataFrame, trainings: Sequence[str]) -> None:
-    top = ax.get_ylim()[1]
+    place = ax.get_xaxis_transform()
     for row in tests.itertuples():
         if row.training in trainings and np.isfinite(row.p_holm):
-            where = trainings.index(row.training)
-            ax.text(where, 0.98 * top, f"p = {row.p_holm:.2g}", fontsize=6, ha="center", va="top", color="0.3")
+            where, text = trainings.index(row.training), f"p = {row.p_holm:.2g}"
+            ax.text(where, 0.99, text, fontsize=6, ha="center", va="top", color="0.3", transform=place)
 
 
 def _at_tenths(kept: pd.DataFrame) -> pd.DataFrame:

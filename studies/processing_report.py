@@ -160,7 +160,7 @@ def draw(
     """name -> figure."""
     n, made = len(asked.chosen.ids), {}
     of = f"n = {n} images, {config.policy}, k = {config.k}"
-    synthetic = config.is_synthetic
+    synthetic = config.is_drawn
     made["planes"] = figures.planes(
         planes,
         title="Are two networks most alike at the same depth?",

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from classification.photos import RECORD
 from locks import alone_in
 from processing.image_statistics import image_statistics
 from processing.lesion_statistics import lesion_statistics
@@ -109,11 +110,15 @@ class ProcessingConfig(ImageSource):
     out: str | None = None
     device: str = "auto"
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the images are synthetic ones: the embedded set, or a folder of drawn ones."""
+        return self.is_synthetic or (Path(self.data) / RECORD).is_file()
+
 
 # settings that change what is made of the recordings, and not a recording: those are found by their own key
 OF_THE_REPORT = ("networks", "train", "pretrained", "leave_out", "untrained", "k", "neighbours", "folds", "shown")
 OF_THE_REPORT += ("read_permutations", "permutations", "resamples", "intervals_of", "batch_size", "jobs")
-OF_THE_REPORT += ("statistics_size",)
 
 
 def run(config: ProcessingConfig) -> Path:

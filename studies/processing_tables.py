@@ -13,7 +13,7 @@ from scipy import stats
 
 from processing.matched_depth import largest_difference, matched_depth, quantities
 from processing.planes import depth_test, grid
-from processing.smoothness import RULES, choose_sites, compare_families, steps_along, summary
+from processing.smoothness import COLUMNS, RULES, choose_sites, compare_families, steps_along, summary
 from processing.together import Together, named_pairs
 from similarity.intervals import interval, seed_variance
 from similarity.nulls import benjamini_hochberg
@@ -211,8 +211,8 @@ def families_table(smooth: pd.DataFrame, permutations: int, seed: int) -> pd.Dat
         except InputError as reason:
             found = pd.DataFrame([{"reason": str(reason)}])
         rows.append(found.assign(**about))
-    front = ["part", "training", "rule", "change"]
-    return pd.concat(rows, ignore_index=True).set_index(front).reset_index()
+    columns = ["part", "training", "rule", "change", *COLUMNS, "p_holm"]  # all of them, also where nothing was tested
+    return pd.concat(rows, ignore_index=True).reindex(columns=columns)
 
 
 # -------------------------------------------------------------------------------------------------------- what is kept

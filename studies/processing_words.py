@@ -21,7 +21,8 @@ Tables = Mapping[str, pd.DataFrame]
 
 def page(config, walks: Sequence[Walk], asked: Work, tables: Tables, drawn: Sequence[str]) -> str:
     """summary.md."""
-    data = "**Synthetic images** (embedded set)" if config.is_synthetic else f"Images of `{Path(config.data).name}`"
+    of = "(embedded set)" if config.is_synthetic else f"of `{Path(config.data).name}`"
+    data = f"**Synthetic images** {of}" if config.is_drawn else f"Images {of}"
     shown = "\n".join(f"![{name.replace('_', ' ')}]({name}.png)\n" for name in drawn)
     networks = tables["networks"]
     return f"""# How do they get there? Processing steps of {len(networks)} networks

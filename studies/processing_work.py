@@ -28,7 +28,7 @@ from studies.explained_images import Chosen, key_of
 from studies.explanation_ways import slug
 from studies.subjects import SEGMENTATION
 from studies.walks import Walk
-from utils import digest, resolve_device, write_table
+from utils import InputError, digest, resolve_device, write_table
 
 VERSION = 1  # of what the same settings give
 ENCODER = "encoder"
@@ -151,6 +151,17 @@ def recording(walk: Walk, asked: Work, folder: Path) -> Recording | None:
         return Recording.load(path, data_hash=asked.images_key)
     except (SafetensorError, ValueError):  # cut short, or of another version
         return None
+
+
+def kept_recording(network: str, folder: Path) -> Recording:
+    """What the sites of one network computed, by its name in a results folder's tables: for asking more of it."""
+    found = sorted((folder / "walks" / slug(network)).glob("recording-*.safetensors"))
+    if len(found) != 1:
+        raise InputError(
+            f"{folder} has {len(found)} recordings of {network!r}; run the study where there are none; where several"
+            " weights, images or policies were recorded, read the one that is meant with Recording.load"
+        )
+    return Recording.load(found[0])
 
 
 def sites_table(walk: Walk, asked: Work, folder: Path) -> pd.DataFrame | None:

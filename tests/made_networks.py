@@ -24,7 +24,7 @@ def run_of(folder, settings, weights=False):
     """A training's folder: its config and its best checkpoint, with weights where they are asked for."""
     config = TrainConfig(**SMALL | settings, out=str(folder), device="cpu")
     write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config)))
-    spec = ModelSpec(config.model, "smoke", options=config.options)
+    spec = ModelSpec(config.model, config.preset, options=config.options)
     if weights:
         save_model(build_model(spec, config.seed), folder / "best")
     else:

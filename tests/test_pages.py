@@ -1,4 +1,4 @@
-"""What README and docs/ tell a reader to click on and to type: links lead somewhere, commands are taken by their doors."""
+"""What README and docs/ tell a reader to click on and to type: links lead somewhere, doors take the commands."""
 
 import importlib.util
 import inspect

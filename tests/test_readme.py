@@ -55,6 +55,7 @@ def test_the_words_after_the_answer_are_those_of_its_table():
     assert (headline["similarity_high"] < headline["ceiling"]).all()
     low = headline.set_index("part")["u_low"]
     assert low["decoder"] > 0 > low["encoder"]
+    assert (table.loc[["linear_cka_deconfounded"], "u_low"] > 0).all()
     assert (rsa["floor"] > rsa["similarity"]).all()
     assert "RSA does not join in" in README
 

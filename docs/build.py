@@ -1,4 +1,4 @@
-"""Make what is tables of the code and of results: measures.md and benchmarks.md here, the answer in the README.
+"""Make what is tables of the code and of results: measures.md and benchmarks.md here, and answers in pages by hand.
 
 `python docs/build.py` writes all; tests compare them with what is committed.
 """
@@ -20,18 +20,26 @@ PROJECT = HERE.parent
 sys.path.insert(0, str(PROJECT))
 
 from similarity import measures  # noqa: E402
-from studies import explanation_words  # noqa: E402
+from studies import explanation_words, processing_words  # noqa: E402
 from studies import universality_words as words  # noqa: E402
 from utils import InputError, markdown_table, sentences_instead_of_tracebacks, write_text  # noqa: E402
 
 BENCHMARKS = PROJECT / "results" / "benchmarks"
 REFERENCE = "results/universality-isic2018_256-mobilenet_v2"
+STEPS = "results/processing-steps-isic2018_256"
+STEPS_TABLES = ("networks", "relations", "families", "losses")
+STEPS_PAGES = {
+    "The study": "docs/processing_steps.md",
+    "notebook": "processing_steps.ipynb",
+    "all tables": f"{STEPS}/summary.md",
+}
 EXPLAINED = {
     "results/explanations-isic2018_256": "Segmentation networks, test images of ISIC 2018",
     "results/explanations-imagenette": "Classifiers, photographs of Imagenette",
 }
 MARKS = ("<!-- answer: python docs/build.py -->", "<!-- end -->")
 EXPLANATION_MARKS = ("<!-- explanations: python docs/build.py -->", "<!-- end of explanations -->")
+STEPS_MARKS = ("<!-- steps: python docs/build.py -->", "<!-- end of steps -->")
 MADE = "<!-- made by `python docs/build.py` -->\n"
 
 
@@ -182,28 +190,49 @@ def explanation_answer() -> str:
         names = ("networks", "explanations", "kinds", "clusters")
         tables = {name: pd.read_csv(PROJECT / folder / f"{name}.csv") for name in names}
         count = explanation_words.counted(tables)
-        parts.append(f"**{title}** ([summary]({folder}/summary.md)): {count}\n\n{explanation_words.answer(tables)}\n")
+        parts.append(
+            f"**{title}** ([summary](../{folder}/summary.md)): {count}\n\n{explanation_words.answer(tables)}\n"
+        )
     return "\n".join(parts)
 
 
-def with_answer(readme: str) -> str:
-    """The README with what stands between its marks made anew."""
-    for (start, end), make in ((MARKS, answer), (EXPLANATION_MARKS, explanation_answer)):
-        before, _, rest = readme.partition(start)
-        readme = f"{before}{start}\n{make()}{end}{rest.partition(end)[2]}"
-    return readme
+def steps_answer() -> str:
+    """What the committed run of the processing-steps study found, and where to read on; nothing where there is none."""
+    parts = []
+    if (PROJECT / STEPS / "summary.md").is_file():
+        tables = {name: pd.read_csv(PROJECT / STEPS / f"{name}.csv") for name in STEPS_TABLES}
+        parts.append(f"{processing_words.answer(tables)}\n")
+    links = [f"[{name}]({place})" for name, place in STEPS_PAGES.items() if (PROJECT / place).is_file()]
+    return "\n".join([*parts, f"{', '.join(links)}.\n"] if links else parts)
+
+
+ANSWERS = {
+    "README.md": {MARKS: answer, STEPS_MARKS: steps_answer},
+    "docs/explanations.md": {EXPLANATION_MARKS: explanation_answer},
+}
+
+
+def with_answers(page: str, text: str) -> str:
+    """The page with what stands between its marks made anew."""
+    for (start, end), make in ANSWERS[page].items():
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise InputError(f"{page} needs {start} and {end} once each; put them back around what is made")
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{make()}{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main() -> None:
-    """Write every page, and the README's answers."""
+    """Write every page, and the answers in those that are written by hand."""
     if len(sys.argv) > 1:
         raise InputError(f"docs/build.py takes no arguments, got {' '.join(sys.argv[1:])}")
     for page, make in PAGES.items():
         write_text(HERE / page, make())
         print(HERE / page)
-    readme = PROJECT / "README.md"
-    write_text(readme, with_answer(readme.read_text(encoding="utf-8")))
-    print(readme)
+    for page in ANSWERS:
+        path = PROJECT / page
+        write_text(path, with_answers(page, path.read_text(encoding="utf-8")))
+        print(path)
 
 
 if __name__ == "__main__":

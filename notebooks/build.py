@@ -20,6 +20,8 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 NOTEBOOKS = ("unetpp", "mask2former", "mech_interp_experiment", "encoders_and_architectures", "explanations")
 LIMIT_BYTES = 1_500_000
+LONGEST_CELL = 40  # lines: a screen; the set-up cell has as many
+MOST_WORDS = 1000  # of text: a few minutes of reading
 # notebooks that differ by their model alone have one source, one_model.py, with these words in its places
 OF_ONE_MODEL = {
     "unetpp": {

@@ -1,11 +1,14 @@
 """The committed notebooks: executed in order, without errors, small, of the sources here, of one skeleton."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 PROJECT = Path(__file__).resolve().parents[1]
 # by its path: notebooks/ on sys.path would put the source explanations.py before the package of that name
@@ -62,6 +65,39 @@ def test_the_skeleton_is_title_badge_setup_parameters(notebook):
     assert first.source.startswith("# ") and "Question" in first.source and build.COLAB_BADGE in first.source
     assert setup.source == build.setup_cell()
     assert "Parameters" in about.source and parameters.source.startswith("PRESET")
+
+
+def test_no_cell_is_longer_than_a_screen(notebook):
+    lengths = [len(cell.source.splitlines()) for cell in code(notebook)]
+    assert max(lengths) <= build.LONGEST_CELL
+
+
+def test_a_notebook_tells_its_story_in_few_words_and_begins_no_part_without_any(notebook):
+    told = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert sum(len(text.split()) for text in told) < build.MOST_WORDS
+    assert len(told) >= 6 and sum(text.startswith("## ") for text in told) >= 4
+
+
+def test_outputs_name_no_place_of_one_machine(notebook):
+    texts = [
+        str(output.get("text", "")) + str(output.get("data", "")) for cell in code(notebook) for output in cell.outputs
+    ]
+    assert not [text for text in texts if re.search(r"(?<![\w.+/=])/(?:work|home|root|Users|tmp|content)/", text)]
+
+
+def test_the_emptied_environment_holds_a_part_of_what_is_required():
+    """So that the set-up cell has something to install, and what it finds there is a version that is asked for."""
+
+    def packages(file):
+        lines = (PROJECT / file).read_text(encoding="utf-8").splitlines()
+        found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+        return {canonicalize_name(each.name): each.specifier for each in found}
+
+    required, there = packages("requirements.txt"), packages("notebooks/colab_packages.txt")
+    assert {"segmentation-models-pytorch", "captum", "jsonargparse"} <= set(required) - set(there)
+    for name in ("torch", "torchvision", "numpy", "pandas", "scipy", "scikit-learn", "scikit-image", "matplotlib"):
+        pinned = str(there[name]).removeprefix("==")
+        assert required[name].contains(pinned), f"the set-up cell would change Colab's {name} {pinned}"
 
 
 def test_without_a_public_address_none_is_invented(monkeypatch):

@@ -63,6 +63,10 @@ class Chosen:
     names: tuple[str, ...] = ()
     _read: dict[int, Images] = field(init=False, default_factory=dict, repr=False, compare=False)
 
+    def __getstate__(self) -> dict:
+        """Without what was read: another process reads for itself, which is less than sending it hundreds of MB."""
+        return {**self.__dict__, "_read": {}}
+
     def at(self, size: int) -> Images:
         """The images at `size` pixels a side, read once."""
         if size not in self._read:

@@ -64,7 +64,7 @@ def drawn(name, **changes):
         "relations": lambda: figures.matched_depths(changes.get("relations", relations()), curves(), **TEXTS),
         "curves": lambda: figures.matched_depths(relations(), changes.get("curves", curves()), **TEXTS),
         "steps": lambda: figures.smooth_steps(changes.get("steps", steps()), FACTS, **TEXTS),
-        "smooth": lambda: figures.families_compared(changes.get("smooth", smooth()), tests(), **TEXTS),
+        "smooth": lambda: figures.families_compared(changes.get("smooth", smooth()), families(), **TEXTS),
         "tests": lambda: figures.families_compared(smooth(), changes.get("tests", families()), **TEXTS),
         "kept": lambda: figures.kept_along_depth(changes.get("kept", kept()), FACTS, **TEXTS),
     }

@@ -151,10 +151,10 @@ def _distances(ax: Axes, table: pd.DataFrame) -> None:
 
 def _reach_up(ax: Axes, values: np.ndarray, room: float = 1.05) -> None:
     """From 0 to where the highest value has its room; of axes that are shared the highest of all."""
-    there = [
-        line for line in ax.get_shared_y_axes().get_siblings(ax) if line is not ax and not line.get_autoscaley_on()
-    ]
-    ax.set_ylim(0, max([room * np.nanmax(values), *(other.get_ylim()[1] for other in there)]))
+    others = [other for other in ax.get_shared_y_axes().get_siblings(ax) if not other.get_autoscaley_on()]
+    tops = [other.get_ylim()[1] for other in others] + [room * value for value in np.ravel(values) if value > 0]
+    if tops:  # none of NaN alone
+        ax.set_ylim(0, max(tops))
 
 
 def smooth_steps(

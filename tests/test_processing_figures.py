@@ -48,7 +48,7 @@ def smooth():
     return table.assign(family=table["body"].map({"R": "CNN", "V": "transformer"}))
 
 
-def tests():
+def families():
     rows = itertools.product(TRAININGS, RULES, ["mean", "cv", "largest"])
     return pd.DataFrame(rows, columns=["training", "rule", "statistic"]).assign(change="both", p_holm=0.25)
 
@@ -64,8 +64,8 @@ def drawn(name, **changes):
         "relations": lambda: figures.matched_depths(changes.get("relations", relations()), curves(), **TEXTS),
         "curves": lambda: figures.matched_depths(relations(), changes.get("curves", curves()), **TEXTS),
         "steps": lambda: figures.smooth_steps(changes.get("steps", steps()), FACTS, **TEXTS),
-        "smooth": lambda: figures.families_compared(changes.get("smooth", smooth()), tests(), **TEXTS),
-        "tests": lambda: figures.families_compared(smooth(), changes.get("tests", tests()), **TEXTS),
+        "smooth": lambda: figures.families_compared(changes.get("smooth", smooth()), families(), **TEXTS),
+        "tests": lambda: figures.families_compared(smooth(), changes.get("tests", families()), **TEXTS),
         "kept": lambda: figures.kept_along_depth(changes.get("kept", kept()), FACTS, **TEXTS),
     }
     return tables[name]()
@@ -89,7 +89,7 @@ def test_a_figure_says_its_question_and_that_images_are_synthetic(name):
         ("curves", curves().drop(columns="depth"), "depth"),
         ("steps", steps().drop(columns="operations_share"), "operations_share"),
         ("smooth", smooth().drop(columns="cv"), "cv"),
-        ("tests", tests().drop(columns="p_holm"), "p_holm"),
+        ("tests", families().drop(columns="p_holm"), "p_holm"),
         ("kept", kept().drop(columns="r2"), "r2"),
     ],
     ids=["planes", "relations", "curves", "steps", "smooth", "tests", "kept"],

@@ -15,7 +15,7 @@ from classification.classifiers import FAMILIES, check_spec
 from models import load_model
 from recipes import check_recipe, objective
 from sources import ImageSource
-from studies import classifiers, explanations, grid_study, legacy, segmentation, universality
+from studies import classifiers, explanations, grid_study, legacy, processing_steps, segmentation, universality
 from studies.explanation_ways import ways_of
 from studies.grid_work import job_of
 from studies.subjects import named
@@ -87,6 +87,7 @@ def test_the_command_line_wins_wherever_the_yaml_is_named():
 def test_every_yaml_parses_and_settles(path):
     study = "segmentation" if path.stem == "ablation" else path.stem.partition("_")[0]
     study = "classifiers" if path.stem.startswith("processing_networks") else study
+    study = "processing_steps" if path.stem.startswith("processing_steps") else study
     study = study if study in experiments.STUDIES else "universality"
     if path.stem.startswith(("processing_segmentation", "processing_universality")):
         study = "architectures"
@@ -116,6 +117,12 @@ def test_every_yaml_parses_and_settles(path):
     elif study == "explanations":
         explanations.check_settings(explanations.settle(config))
         assert [way.name for way in ways_of(config.methods, config.images)] == list(stored["methods"])
+        for label, settings in config.pretrained.items():
+            assert named(label, dict(settings)).family in FAMILIES
+    elif study == "processing_steps":
+        processing_steps.check_settings(processing_steps.settle(config))
+        for trainer, files in config.train.items():
+            assert files and all((HOME / file).is_file() for file in files), trainer
         for label, settings in config.pretrained.items():
             assert named(label, dict(settings)).family in FAMILIES
     elif study == "report":

@@ -35,7 +35,8 @@ from visualization import (
 TRAINING_COLOURS = {"classifier": BLUE, "self-supervised": GREEN, "segmentation": VERMILLION, "untrained": "0.55"}
 FAMILY_STYLES = {"CNN": "-", "transformer": "--", "hybrid": ":"}
 FAMILY_COLOURS = {"CNN": BLUE, "transformer": VERMILLION, "hybrid": GREEN}
-RELATION_COLOURS = {"another seed": BLACK, "same body": PURPLE, "same family": BLUE, "other family": VERMILLION}
+RELATION_COLOURS = {"another seed": BLACK, "same body and seed": GREEN, "same body": PURPLE, "same family": BLUE}
+RELATION_COLOURS["other family"] = VERMILLION
 BROKEN = {"self-supervised": "self-\nsupervised", "segmentation": "segmen-\ntation"}  # where there is little room
 PANEL = 2.3  # inches
 COLUMNS = 4

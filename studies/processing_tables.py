@@ -21,8 +21,13 @@ from studies.walks import Walk
 from utils import InputError
 
 TESTED = ("both", "linear_cka", "mutual_knn")
-SEED, BODY, FAMILY, OTHER = "another seed", "same body", "same family", "other family"
-RELATIONS = (SEED, BODY, FAMILY, OTHER)
+SEED, START, BODY = (
+    "another seed",
+    "same body and seed",
+    "same body",
+)  # the second: before and after, where one was first
+FAMILY, OTHER = "same family", "other family"
+RELATIONS = (SEED, START, BODY, FAMILY, OTHER)
 CHANGES = ("both", "cka_change")
 TENTHS = np.linspace(0.1, 1, 10)  # of the relative depth
 SPENT = ("parameters", "operations")
@@ -37,7 +42,7 @@ def relation_of(a: Walk, b: Walk) -> str:
     if a.label == b.label:
         return SEED
     if a.body == b.body:
-        return BODY
+        return START if a.subject.seed == b.subject.seed else BODY
     return FAMILY if a.subject.family == b.subject.family else OTHER
 
 

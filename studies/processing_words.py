@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from studies.processing_tables import BODY, FAMILY, OTHER, SEED
+from studies.processing_tables import FAMILY, OTHER, SEED, START
 from studies.processing_work import ENCODER, Work
 from studies.walks import UNTRAINED, Walk
 from utils import git_commit, markdown_table
@@ -98,7 +98,7 @@ def _depth_sentence(relations: pd.DataFrame) -> str:
     distance, chance = own.loc["distance"], own.loc["chance", "mean"]
     more = own.loc["elsewhere − matched"]
     text = (
-        f"best matches of a CNN in a transformer are {_with_interval(distance)} of the depth apart (chance "
+        f"best matches between families are {_with_interval(distance)} of the depth apart (chance "
         f"{chance:.2f}); imbalance at matched depth {_with_interval(own.loc['matched'])}, elsewhere "
         f"{own.loc['elsewhere', 'mean']:.2f} (difference {_with_interval(more)})"
     )
@@ -141,8 +141,8 @@ def _with_interval(row: Mapping) -> str:
 
 
 def relation_words(relations: pd.DataFrame, part: str) -> str:
-    """A row a training and relation, and of two trainings those of one body: before and after."""
-    relations = relations[~relations["training"].str.contains(" × ") | (relations["relation"] == BODY)]
+    """A row a training and relation, and of two trainings those of one body and seed: before and after."""
+    relations = relations[~relations["training"].str.contains(" × ") | (relations["relation"] == START)]
     header = [
         "training",
         "pair",

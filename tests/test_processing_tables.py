@@ -50,7 +50,8 @@ def test_two_networks_are_what_they_share_first():
     a, b = walk("ResNet", 0), walk("ResNet", 1)
     tuned = walk("ResNet, tuned", 0, body="ResNet", training="segmentation")
     assert tables.relation_of(a, b) == tables.SEED
-    assert tables.relation_of(a, tuned) == tables.BODY
+    assert tables.relation_of(a, tuned) == tables.START
+    assert tables.relation_of(b, tuned) == tables.BODY
     assert tables.relation_of(a, walk("RegNet")) == tables.FAMILY
     assert tables.relation_of(a, walk("ViT", family="transformer")) == tables.OTHER
     assert walk("ResNet", 3, twin=True).name == "ResNet, untrained (3)"

@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 NOTEBOOKS = ("unetpp", "mask2former", "mech_interp_experiment", "encoders_and_architectures", "explanations")
+NOTEBOOKS += ("processing_steps",)
 LIMIT_BYTES = 1_500_000
 LONGEST_CELL = 40  # lines: a screen; the set-up cell has as many
 MOST_WORDS = 1000  # of text: a few minutes of reading

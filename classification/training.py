@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from classification.classifiers import Classifier, ClassifierSpec, build_classifier, family_of
 from classification.origins import OBJECTIVES
+from kernel_layout import channels_last
 from optimization import cosine
 from utils import InputError, progress
 
@@ -167,7 +168,7 @@ def precision_on(recipe: ClassifierRecipe, device: torch.device) -> str:
 
 def in_fast_layout(model: Classifier) -> Classifier:
     """Convolutional networks with channels last in memory, in which the CPU and the GPU are faster; others as is."""
-    return model.to(memory_format=torch.channels_last) if _is_cnn(model.spec.name) else model
+    return channels_last(model) if _is_cnn(model.spec.name) else model
 
 
 def _is_cnn(name: str) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from classification.classifiers import FAMILIES, ClassifierSpec, build_classifier, load_classifier
 from classification.classifiers import family_of as classifier_family
 from classification.origins import OBJECTIVES, SUPERVISED, TRAININGS, training_of
+from kernel_layout import channels_last
 from model_spec import TITLES, ModelSpec
 from models import load_model
 from recipes import TrainConfig, is_finished
@@ -75,7 +76,7 @@ class Subject:
             model = build_classifier(self.spec).eval()
         else:
             model, _ = (load_model if self.kind == SEGMENTATION else load_classifier)(self.folder)
-        return model.to(device, memory_format=torch.channels_last)
+        return channels_last(model.to(device))
 
 
 def subjects_of(

@@ -305,7 +305,7 @@ def test_other_settings_are_refused_and_nothing_is_changed(base, uninterrupted):
         ({"encoder_learning_rate": 0.0}, "encoder_learning_rate must be above 0"),
         ({"epochs": 0}, "epochs must be above 0, got 0"),
         ({"batch_size": -1}, "batch_size must be above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, got nan"),
         ({"weight_decay": -1e-4}, "weight_decay must not be below 0"),
         ({"patience": -1}, "patience must not be below 0"),
     ],

@@ -287,6 +287,7 @@ def row_of(member: Member, folder: Path) -> dict:
         "high": high,
         "n": found["n"],
         "seconds": found["seconds"],
+        "trained_on": found.get("device", ""),
     }
 
 

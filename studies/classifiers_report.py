@@ -44,7 +44,7 @@ def summary(folder: Path, table: pd.DataFrame, data: Mapping, config) -> str:
             "are as in config.yaml. GFLOPs are 10^9 operations of one photograph, two a multiply-accumulate, of matrix "
             "products and convolutions; ms is a photograph's share of a batch of 16, on this machine.\n",
             "![learning curves](learning_curves.png)\n",
-            _stamp(folder, data),
+            _stamp(folder, data, table),
         ]
     )
 
@@ -102,11 +102,13 @@ def _accuracies(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _stamp(folder: Path, data: Mapping) -> str:
+def _stamp(folder: Path, data: Mapping, table: pd.DataFrame) -> str:
     made = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {made['packages'][name]}" for name in ("torch", "timm"))
     hashes = ", ".join(f"{name} {about['hash']}" for name, about in data.items())
-    return f"Commit {git_commit()}; {versions}; {made['device']}; hashes of the photographs: {hashes}.\n"
+    devices = ", ".join(name for name in table["trained_on"].unique() if name) or made["device"]
+    here = f"measured with {versions} on {made['device']}"
+    return f"Commit {git_commit()}; trained on {devices}, {here}; hashes of the photographs: {hashes}.\n"
 
 
 def learning_curves(history: pd.DataFrame, *, caption: str, synthetic: bool) -> Figure:

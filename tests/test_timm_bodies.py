@@ -138,8 +138,8 @@ def test_files_in_timms_layout_are_loaded_with_and_without_a_head(trained, tmp_p
 
 def test_other_bodies_other_sizes_and_other_normalisations_are_refused(trained, tmp_path):
     folder = str(trained / "networks" / "Conv--seed-0")
-    wider = RESNET | {"channels": [4, 8, 8, 16]}
-    with pytest.raises(InputError, match=r"of another body than this ResNet: .*layer4.*not \(16"):
+    wider = RESNET | {"channels": [*RESNET["channels"][:3], 24]}
+    with pytest.raises(InputError, match=r"of another body than this ResNet: .*layer4.*not \(24"):
         build_model(spec_of("resnet18", wider, weights=folder))
     shorter = VIT | {"depth": 1}
     deep = str(trained / "networks" / "Attention--seed-0")

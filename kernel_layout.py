@@ -14,10 +14,10 @@ FEWEST_CHANNELS = 8  # that a 1 × 1 kernel with strides may read
 def channels_last(model: nn.Module) -> nn.Module:
     """The model with channels last; as it is on a CPU where one of its convolutions would write outside its memory.
 
-    PyTorch 2.14.1 on a CPU (x86 with AVX2; oneDNN's kernels): the backward pass of a 1 × 1 convolution with strides and
+    PyTorch 2.14.1 on a CPU (x86 with AVX2): the backward pass of a 1 × 1 convolution with strides and
     2 to 7 input channels in this layout ends in 'corrupted double-linked list' or a segmentation fault, sooner or later
     and somewhere else. With 8 channels and more, without strides, and in the ordinary layout it was sound under glibc's
-    heap checks. A ResNet whose first stage has 4 channels has such a convolution; those of the libraries have none.
+    heap checks. A ResNet whose first stage has 4 channels has such a convolution.
     """
     on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
     unsafe = on_cpu and any(writes_outside(module) for module in model.modules())

@@ -29,7 +29,7 @@ from studies.subjects import Subject
 from utils import InputError, atomic_path, digest, file_digest
 
 VERSION = 1  # of what the same settings give
-FILES = (".json", ".safetensors")  # of a checkpoint
+FILES = ("classifier.json", "classifier.safetensors", "model.json", "model.safetensors")  # of a checkpoint
 STORED = ("maps/", "gap/", "error/")  # what the tensors of a file are called, before the variant's name
 # a model that cannot be explained in some way: refused by us, or by PyTorch in the middle of a pass
 CANNOT = (InputError, NotImplementedError, RuntimeError)
@@ -72,7 +72,7 @@ def key(subject: Subject, chosen: Chosen, way: Way, asked: Mapping) -> str:
 def weights_key(subject: Subject) -> str:
     """Of a network's weights and of how it is built around them."""
     if subject.spec is None:
-        return digest([_file_key(path) for path in sorted(subject.folder.iterdir()) if path.suffix in FILES])
+        return digest([_file_key(path) for path in sorted(subject.folder.iterdir()) if path.name in FILES])
     file = Path(subject.spec.weights)
     return digest(asdict(subject.spec), _file_key(file) if file.is_file() else "")
 

@@ -274,10 +274,10 @@ def _at_tenths(kept: pd.DataFrame) -> pd.DataFrame:
 def kept_along_depth(
     kept: pd.DataFrame, facts: pd.DataFrame, *, title: str, caption: str, synthetic: bool, columns: int = 4
 ) -> Figure:
-    """R² of a linear read-out along the depth, one panel a statistic: mean over networks by training and family.
+    """R² of a linear read-out along the depth, one panel a statistic: the median network by training and family.
 
     kept : network, depth, statistic, r2; facts : network, family, training. Untrained twins, the floor, are a grey band
-    from the lowest to the highest family's mean.
+    from the lowest to the highest family's median.
     """
     need_columns(kept, ["network", "depth", "statistic", "r2"], "kept")
     kept = _at_tenths(kept).merge(facts[["network", "family", "training"]], on="network")
@@ -289,7 +289,7 @@ def kept_along_depth(
     trainings = [name for name in TRAINING_COLOURS if name in set(kept["training"])]
     for ax, statistic in zip(axes, statistics):
         own = kept[kept["statistic"] == statistic]
-        means = own.groupby(["training", "family", "tenth"])["r2"].mean()
+        means = own.groupby(["training", "family", "tenth"])["r2"].median()
         if "untrained" in trainings:
             floor = means.loc["untrained"].unstack("family")
             ax.fill_between(floor.index, floor.min(axis=1), floor.max(axis=1), color="0.8", lw=0, zorder=0)

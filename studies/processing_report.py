@@ -209,8 +209,8 @@ def draw(
         tables["networks"],
         title="What do sites keep of the image's statistics?",
         caption=f"Cross-validated R² of ridge regression on an encoder site's features, n = {n} images, "
-        f"{config.policy}, {config.folds} folds; means over networks, in tenths of the depth. Grey: untrained ones, "
-        "from the lower to the higher family's mean.",
+        f"{config.policy}, {config.folds} folds; medians over networks, in tenths of the depth. Grey: untrained "
+        "ones, from the lower to the higher family's median.",
         synthetic=synthetic,
     )
     if WHOLE in set(tables["relations"]["part"]):

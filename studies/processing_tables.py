@@ -228,8 +228,8 @@ def losses_table(kept: pd.DataFrame, groups: Mapping[str, Sequence[str]], walks:
 
     kept : columns network, site, depth, statistic, r2; groups : name -> statistics whose mean is taken
     Quantities: 'late' (mean R² over sites in the third quarter of the depth), 'last' (R² at the last site), 'lost'
-    (late − last), 'learnt' (last − that of the untrained twin). mean, low, high, p over bodies, whose seeds are
-    averaged first: Student's t, and p of exact sign flips
+    (late − last), 'learnt' (last − that of the untrained twin). median, low, high (range), p over bodies, whose seeds
+    are averaged first, see `over_median`
     """
     of_network = {walk.name: walk for walk in walks}
     each = kept.groupby(["network", "statistic"], sort=False).apply(_late_and_last, include_groups=False).reset_index()
@@ -247,7 +247,7 @@ def losses_table(kept: pd.DataFrame, groups: Mapping[str, Sequence[str]], walks:
         for quantity in ("late", "last", "lost", "learnt"):
             means = group.groupby("body")[quantity].mean()
             row = {"training": training, "statistic": statistic, "quantity": quantity, "networks": len(group)}
-            rows.append(row | over_means(means.to_numpy(float), tested=quantity in ("lost", "learnt")))
+            rows.append(row | over_median(means.to_numpy(float), tested=quantity in ("lost", "learnt")))
     return pd.DataFrame(rows)
 
 
@@ -265,19 +265,17 @@ def _of_twin(table: pd.DataFrame, of_network: Mapping[str, Walk]) -> pd.Series:
     return keys.map(lambda key: twins.get(key, np.nan)).where(~untrained)
 
 
-def over_means(values: np.ndarray, tested: bool) -> dict[str, float]:
-    """bodies, mean, low, high (Student's t), p (two-sided, all sign flips of the bodies) of one number a body."""
+def over_median(values: np.ndarray, tested: bool) -> dict[str, float]:
+    """bodies, median, low, high (range) and p of one number a body (Wilcoxon's signed ranks, exact, two-sided).
+
+    Medians and ranks, since R² has no lower bound: one network whose features stretch far is as far down as it likes.
+    """
     values = values[np.isfinite(values)]
     count = len(values)
-    row = {"bodies": count, "mean": values.mean() if count else np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
-    if count < 3:
+    row = {"bodies": count} | dict.fromkeys(("median", "low", "high", "p"), np.nan)
+    if not count:
         return row
-    row["low"], row["high"] = interval(row["mean"], stats.sem(values), df=count - 1)
-    return row | ({"p": sign_flip_p(values)} if tested else {})
-
-
-def sign_flip_p(values: np.ndarray) -> float:
-    """Two-sided p of a mean of 0 where values are as likely of either sign: share of all sign flips that reach it."""
-    signs = np.array(np.meshgrid(*[[1, -1]] * len(values))).reshape(len(values), -1)
-    sums = np.abs(values @ signs)
-    return float((sums >= abs(values.sum()) * (1 - 1e-12)).mean())
+    row |= {"median": float(np.median(values)), "low": values.min(), "high": values.max()}
+    if tested and count > 2:
+        row["p"] = float(stats.wilcoxon(values, method="exact").pvalue)
+    return row

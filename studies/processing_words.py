@@ -57,8 +57,9 @@ changes for its parameters and operations is in `steps.csv` and below.
 ## 3. What is kept of the image?
 {loss_words(tables["losses"])}
 R² of cross-validated ridge regression on a site's features. Late: mean over the third quarter of the encoder's depth;
-last: its last site; lost: late − last; learnt: last − that of the untrained twin. 95 % over bodies (Student's t), p by
-sign flips of the bodies. Every site and statistic, with interval over images, null and the imbalance both ways:
+last: its last site; lost: late − last; learnt: last − that of the untrained twin. Median and range over bodies (seeds
+averaged), p by signed ranks of the bodies (Wilcoxon, exact). Every site and statistic, with interval over images, null
+and the imbalance both ways:
 `kept.csv`.
 
 {shown}
@@ -130,9 +131,13 @@ def _kept_sentence(losses: pd.DataFrame, training: str) -> str:
     late, last, lost = own.loc["late"], own.loc["last"], own.loc["lost"]
     told = f", p = {lost['p']:.2g}" if np.isfinite(lost["p"]) else ""
     return (
-        f"Of low-level statistics R² {late['mean']:.2f} late and {last['mean']:.2f} at the last site "
-        f"(lost {_with_interval(lost)}{told})."
+        f"Of low-level statistics the median body has R² {late['median']:.2f} late and {last['median']:.2f} at the last "
+        f"site (lost {_with_range(lost)}{told})."
     )
+
+
+def _with_range(row: Mapping) -> str:
+    return f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
 
 def _with_interval(row: Mapping) -> str:
@@ -233,9 +238,9 @@ def loss_words(losses: pd.DataFrame) -> str:
                 training,
                 statistic.replace("_", " "),
                 int(own["bodies"].iloc[0]),
-                *(_with_interval(own.loc[name]) for name in ("late", "last", "lost")),
+                *(_with_range(own.loc[name]) for name in ("late", "last", "lost")),
                 f"{lost['p']:.2g}" if np.isfinite(lost["p"]) else "–",
-                _with_interval(own.loc["learnt"]) if np.isfinite(own.loc["learnt", "mean"]) else "–",
+                _with_range(own.loc["learnt"]) if np.isfinite(own.loc["learnt", "median"]) else "–",
             ]
         )
     return markdown_table(["training", "statistic", "bodies", "late", "last", "lost", "p of lost", "learnt"], rows)

@@ -216,18 +216,20 @@ def test_late_last_lost_and_learnt_are_what_they_say():
         curves[twin.name] = {"luminance": [0.1] * 8}
     found = tables.losses_table(kept_of(curves), {"low-level": ["luminance"]}, walks)
     own = found[(found["training"] == "classifier") & (found["statistic"] == "luminance")].set_index("quantity")
-    assert own.loc["late", "mean"] == pytest.approx(0.7)  # depths 5/8 and 6/8
-    assert own.loc["last", "mean"] == pytest.approx(0.2)
-    assert own.loc["lost", "mean"] == pytest.approx(0.5) and own.loc["lost", "p"] == pytest.approx(2 / 8)
-    assert own.loc["learnt", "mean"] == pytest.approx(0.1)
+    assert own.loc["late", "median"] == pytest.approx(0.7)  # depths 5/8 and 6/8
+    assert own.loc["last", "median"] == pytest.approx(0.2)
+    assert own.loc["lost", "median"] == pytest.approx(0.5) and own.loc["lost", "p"] == pytest.approx(2 / 8)
+    assert own.loc["learnt", "median"] == pytest.approx(0.1)
     whole = found[(found["training"] == "classifier") & (found["statistic"] == "low-level")].set_index("quantity")
-    pd.testing.assert_series_equal(whole["mean"], own["mean"])
+    pd.testing.assert_series_equal(whole["median"], own["median"])
     untrained = found[(found["training"] == "untrained") & (found["quantity"] == "learnt")]
-    assert untrained["mean"].isna().all()
+    assert untrained["median"].isna().all()
 
 
-def test_sign_flips_are_all_of_them():
-    values = np.array([0.5, 1.0, 2.0, -0.25])
-    sums = [abs(sum(s * v for s, v in zip(signs, values))) for signs in itertools.product([1, -1], repeat=4)]
-    expected = np.mean([each >= abs(values.sum()) - 1e-12 for each in sums])
-    assert tables.sign_flip_p(values) == pytest.approx(expected)
+def test_one_body_far_down_moves_neither_median_nor_ranks():
+    values = np.array([0.5, 0.4, 0.3, 0.2, -40.0])
+    row = tables.over_median(values, tested=True)
+    assert row["median"] == 0.3 and row["low"] == -40 and row["bodies"] == 5
+    ranks = np.array([4, 3, 2, 1, -5])  # of the sizes, with the sign
+    sums = [abs(sum(s * abs(r) for s, r in zip(signs, ranks))) for signs in itertools.product([1, -1], repeat=5)]
+    assert row["p"] == pytest.approx(np.mean([each >= abs(ranks.sum()) for each in sums]))

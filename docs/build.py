@@ -201,7 +201,7 @@ def steps_answer() -> str:
     parts = []
     if (PROJECT / STEPS / "summary.md").is_file():
         tables = {name: pd.read_csv(PROJECT / STEPS / f"{name}.csv") for name in STEPS_TABLES}
-        parts.append(f"{processing_words.answer(tables)}\n")
+        parts.append(f"{processing_words.answer(tables)}\n\n{processing_words.findings(tables)}\n")
     links = [f"[{name}]({place})" for name, place in STEPS_PAGES.items() if (PROJECT / place).is_file()]
     return "\n".join([*parts, f"{', '.join(links)}.\n"] if links else parts)
 

@@ -33,6 +33,9 @@ def page(config, walks: Sequence[Walk], asked: Work, tables: Tables, drawn: Sequ
 ## The answer
 {answer(tables)}
 
+### The paper's three findings
+{findings(tables)}
+
 ## 1. Same depth, most alike?
 {relation_words(tables["relations"], ENCODER)}
 Imbalance: information imbalance at k = {config.k}, mean of both directions, 0 where neighbours in one network are
@@ -91,6 +94,43 @@ def answer(tables: Tables) -> str:
     return "\n".join(lines)
 
 
+def findings(tables: Tables, training: str = "segmentation") -> str:
+    """Which of the three findings of arXiv 2601.21621 hold for one training here, by rules fixed in this text."""
+    relations = tables["relations"]
+    own = relations[(relations["part"] == ENCODER) & (relations["training"] == training)]
+    across = own[own["relation"] == OTHER].set_index("quantity")
+    seeds = own[own["relation"] == SEED].set_index("quantity")
+    if across.empty or seeds.empty:
+        return f"There are not two families of {training} networks with two seeds here, so the findings are not asked."
+    nearer, apart = across.loc["closer"], across.loc["matched"]
+    first = "holds" if nearer["low"] > 0 else "is not demonstrated"
+    strong = (
+        "strong differences remain" if apart["low"] > seeds.loc["matched", "mean"] else "how strong is not told apart"
+    )
+    families = tables["families"]
+    rule = (families["part"] == ENCODER) & (families["training"] == training) & (families["change"] == "both")
+    smooth = families[rule & (families["statistic"] != "largest")]
+    least = smooth["p_holm"].min()
+    second = "does not hold demonstrably" if not least < ALPHA else "holds under some rule of sites"
+    lost = {name: _low_level(tables["losses"], name).loc["lost"] for name in ("classifier", training)}
+    third = [
+        f"{name} {_with_range(row)}, p = {row['p']:.2g}" for name, row in lost.items() if np.isfinite(row["median"])
+    ]
+    return (
+        f"For {training} networks: that **same-depth sites are the most alike, yet strong differences remain**, "
+        f"{first}: best matches are {_with_interval(nearer)} of the depth nearer than chance, and {strong} (imbalance "
+        f"at matched depth {_with_interval(apart)}, of another seed {seeds.loc['matched', 'mean']:.2f}). That "
+        f"**transformers change more smoothly** {second} (smallest p over rules, mean and unevenness: {least:.2g}). "
+        "That **classifiers discard low-level statistics in their last layers**: R² lost from the third quarter of the "
+        f"depth to the last site is {'; '.join(third)} (median and range over bodies)."
+    )
+
+
+def _low_level(losses: pd.DataFrame, training: str) -> pd.DataFrame:
+    own = losses[(losses["training"] == training) & (losses["statistic"] == "low-level")].set_index("quantity")
+    return own.reindex(["late", "last", "lost", "learnt"])
+
+
 def _depth_sentence(relations: pd.DataFrame) -> str:
     """Best matches, and how much is shared, between families."""
     if OTHER not in set(relations["relation"]):
@@ -125,14 +165,14 @@ def _smooth_sentence(families: pd.DataFrame, training: str, rule: str = "every b
 
 
 def _kept_sentence(losses: pd.DataFrame, training: str) -> str:
-    own = losses[(losses["training"] == training) & (losses["statistic"] == "low-level")].set_index("quantity")
-    if own.empty:
+    own = _low_level(losses, training)
+    if own["median"].isna().all():
         return ""
     late, last, lost = own.loc["late"], own.loc["last"], own.loc["lost"]
     told = f", p = {lost['p']:.2g}" if np.isfinite(lost["p"]) else ""
     return (
-        f"Of low-level statistics the median body has R² {late['median']:.2f} late and {last['median']:.2f} at the last "
-        f"site (lost {_with_range(lost)}{told})."
+        f"Of low-level statistics the median body has R² {late['median']:.2f} late and {last['median']:.2f} at its "
+        f"last site (lost {_with_range(lost)}{told})."
     )
 
 

@@ -34,7 +34,7 @@ COLUMNS = {
     "matched": "part network_a network_b value quantity pairs estimate se low high n_images",
     "largest": "part network_a network_b value site_a site_b depth imbalance depth_low depth_high same",
     "kept": "network site depth statistic r2 low high null_high p imbalance_from imbalance_to images",
-    "losses": "training statistic quantity networks bodies mean low high p",
+    "losses": "training statistic quantity networks bodies median low high p",
     "planes": "network_a network_b site_a site_b depth_a depth_b a_to_b b_to_a linear_cka mutual_knn",
 }
 FIGURES = {"planes", "matched_depths", "matched_depths_whole", "smoothness", "families", "kept"}
@@ -156,8 +156,10 @@ def test_an_untrained_network_and_its_twin_are_one(study):
     found = tables(study)
     pair = found["pairs"].query("network_a == 'Attention (1)' and network_b == 'Attention, untrained (1)'").iloc[0]
     least = 2 / pair["n_images"]  # (k + 1)/n: neighbours in one are neighbours in the other
-    assert pair["relation"] == "same body and seed" and pair["distance"] == pair["smallest"] == 0
-    assert pair["matched"] == pytest.approx(least)
+    assert pair["relation"] == "same body and seed"
+    assert pair["matched"] == pytest.approx(
+        least
+    )  # its two blocks have the same neighbours, so the best match is shared
     learnt = found["losses"].query("training == 'classifier' and quantity == 'learnt'")["median"]
     np.testing.assert_allclose(learnt, 0, atol=1e-3)  # kernels in another order of memory round otherwise
 

@@ -107,23 +107,33 @@ def findings(tables: Tables, training: str = "segmentation") -> str:
     strong = (
         "strong differences remain" if apart["low"] > seeds.loc["matched", "mean"] else "how strong is not told apart"
     )
-    families = tables["families"]
-    rule = (families["part"] == ENCODER) & (families["training"] == training) & (families["change"] == "both")
-    smooth = families[rule & (families["statistic"] != "largest")]
-    least = smooth["p_holm"].min()
-    second = "does not hold demonstrably" if not least < ALPHA else "holds under some rule of sites"
     lost = {name: _low_level(tables["losses"], name).loc["lost"] for name in ("classifier", training)}
-    third = [
-        f"{name} {_with_range(row)}, p = {row['p']:.2g}" for name, row in lost.items() if np.isfinite(row["median"])
-    ]
+    third = [f"{name} {_with_range(row)}{_told(row)}" for name, row in lost.items() if np.isfinite(row["median"])]
     return (
         f"For {training} networks: that **same-depth sites are the most alike, yet strong differences remain**, "
         f"{first}: best matches are {_with_interval(nearer)} of the depth nearer than chance, and {strong} (imbalance "
         f"at matched depth {_with_interval(apart)}, of another seed {seeds.loc['matched', 'mean']:.2f}). That "
-        f"**transformers change more smoothly** {second} (smallest p over rules, mean and unevenness: {least:.2g}). "
+        f"**transformers change more smoothly** {_smoother(tables['families'], training)}. "
         "That **classifiers discard low-level statistics in their last layers**: R² lost from the third quarter of the "
         f"depth to the last site is {'; '.join(third)} (median and range over bodies)."
     )
+
+
+def _smoother(families: pd.DataFrame, training: str) -> str:
+    """Whether transformers change less, or more evenly, a step than CNNs: p is two-sided, so the sign is asked too."""
+    rule = (families["part"] == ENCODER) & (families["training"] == training) & (families["change"] == "both")
+    asked = families[rule & (families["statistic"] != "largest") & families["p_holm"].notna()]
+    if asked.empty:
+        return "is not asked: there are not two families of bodies"
+    less = asked["mean_a"] > asked["mean_b"]  # families stand in alphabetical order: CNN, transformer
+    found = asked.loc[asked["p_holm"].idxmin()]
+    told = f"smallest p over rules, mean and unevenness: {found['p_holm']:.2g}"
+    if not found["p_holm"] < ALPHA:
+        return f"does not hold demonstrably ({told})"
+    against = asked["p_holm"] < ALPHA
+    if less[against].all():
+        return f"holds under some rule of sites ({told})"
+    return f"does not hold: under some rule of sites it is the CNNs that change more smoothly ({told})"
 
 
 def _low_level(losses: pd.DataFrame, training: str) -> pd.DataFrame:
@@ -169,11 +179,14 @@ def _kept_sentence(losses: pd.DataFrame, training: str) -> str:
     if own["median"].isna().all():
         return ""
     late, last, lost = own.loc["late"], own.loc["last"], own.loc["lost"]
-    told = f", p = {lost['p']:.2g}" if np.isfinite(lost["p"]) else ""
     return (
         f"Of low-level statistics the median body has R² {late['median']:.2f} late and {last['median']:.2f} at its "
-        f"last site (lost {_with_range(lost)}{told})."
+        f"last site (lost {_with_range(lost)}{_told(lost)})."
     )
+
+
+def _told(row: Mapping) -> str:
+    return f", p = {row['p']:.2g}" if np.isfinite(row["p"]) else ""
 
 
 def _with_range(row: Mapping) -> str:

@@ -154,12 +154,15 @@ def test_rows_are_networks_times_sites(study):
 def test_an_untrained_network_and_its_twin_are_one(study):
     """These checkpoints were never trained: the twin draws the very weights, and floor and network coincide."""
     found = tables(study)
-    pair = found["pairs"].query("network_a == 'Attention (1)' and network_b == 'Attention, untrained (1)'").iloc[0]
-    least = 2 / pair["n_images"]  # (k + 1)/n: neighbours in one are neighbours in the other
-    assert pair["relation"] == "same body and seed"
-    assert pair["matched"] == pytest.approx(
-        least
-    )  # its two blocks have the same neighbours, so the best match is shared
+    pairs = found["pairs"].query("relation == 'same body and seed' and training == 'classifier × untrained'")
+    assert len(pairs) == 4
+    np.testing.assert_allclose(pairs["matched"], 2 / pairs["n_images"], rtol=1e-5)  # (k + 1)/n: the same neighbours
+    conv = pairs[pairs["label_a"] == "Conv"]
+    assert (conv["distance"] == 0).all() and (conv["smallest"] == 0).all()  # every best match is the site itself
+    np.testing.assert_allclose(conv["p"], 1 / 120, rtol=1e-5)  # one order of five sites among 5!
+    attention = pairs[pairs["label_a"] == "Attention"]
+    # all images have the same nearest neighbour in both blocks: which of them matches best is a tie
+    np.testing.assert_allclose(attention["elsewhere"], attention["matched"], rtol=1e-5)
     learnt = found["losses"].query("training == 'classifier' and quantity == 'learnt'")["median"]
     np.testing.assert_allclose(learnt, 0, atol=1e-3)  # kernels in another order of memory round otherwise
 

@@ -287,8 +287,8 @@ def test_what_can_be_known_from_a_constant_is_the_mean():
     with torch.no_grad():
         own = B.eval().middle(B.first(IMAGES)).mean((0, 2, 3))
     torch.testing.assert_close(by_mean.transform.bias.detach(), own, atol=1e-6, rtol=0)
-    constant.middle.weight.data.copy_(1e-6 * torch.randn_like(constant.middle.weight))
-    constant.middle.bias.data.fill_(100.0)  # varies by its rounding alone
+    constant.middle.weight.data.copy_(1e-5 * torch.randn_like(constant.middle.weight))
+    constant.middle.bias.data.fill_(100.0)  # varies by some few of its roundings alone
     with torch.no_grad():
         assert constant.eval().middle(constant.first(IMAGES)).unique().numel() > 1
     least_squares(by_squares, IMAGES.split(4))

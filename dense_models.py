@@ -20,7 +20,7 @@ from torchvision.models.segmentation.fcn import IntermediateLayerGetter as Layer
 from transformers import AutoConfig, SegformerConfig, SegformerForSemanticSegmentation
 
 from cnn_encoders import encoder_repository
-from model_spec import TITLES, ModelSpec, refuse_options, refuse_unknown_options
+from model_spec import ModelSpec, refuse_options, refuse_unknown_options
 from utils import InputError, closest
 from weights import HUB_ERRORS, from_hub, load_pretrained_file, offline_message
 
@@ -250,4 +250,3 @@ BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "fcn": build_fcn,
     "segformer": build_segformer,
 }
-DENSE_TITLES = {name: TITLES[name] for name in BUILDERS}

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from classification.classifiers import ClassifierSpec, is_sized, load_classifier
-from classification.classifiers import _timm_body as timm_body
+from classification.classifiers import ClassifierSpec, is_sized, load_classifier, timm_body
 from model_spec import NORMALIZATIONS, ModelSpec, refuse_unknown_options
 from utils import InputError, pick
-from weights import load_pretrained_file, read_state
+from weights import differences, load_pretrained_file, read_state
 
 LEVELS = 4  # taps at most, as SegFormer has stages
 BODY_PRESETS = {
@@ -114,6 +113,8 @@ def _make_pyramid(body: nn.Module, name: str, size: int) -> list[int]:
     if not hasattr(body, "forward_intermediates") or not hasattr(body, "prune_intermediate_layers"):
         raise InputError(f"{name}: timm offers no feature maps of {type(body).__name__}; choose another body")
     body.prune_intermediate_layers(None, prune_norm=True, prune_head=True)
+    for head in {name.partition(".")[0] for name in _heads(body)}:  # some versions of timm leave a norm of ConvNeXt's
+        setattr(body, head, nn.Identity())
     maps = functools.partial(body.forward_intermediates, output_fmt="NCHW", intermediates_only=True)
     training = body.training
     with torch.no_grad():
@@ -126,6 +127,12 @@ def _make_pyramid(body: nn.Module, name: str, size: int) -> list[int]:
         taps = list(range(count))[-LEVELS:]
     body.forward = functools.partial(maps, indices=taps)
     return [shapes[tap][1] for tap in taps]
+
+
+def _heads(body: nn.Module) -> tuple[str, ...]:
+    """Where a body of timm has its last linear map; of distilled ones there are two."""
+    classifier = body.pretrained_cfg["classifier"]
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
 def _load_file(model: AllMLP, head: set[str], path: Path) -> None:
@@ -152,23 +159,9 @@ def _load_classifier_body(body: nn.Module, head: set[str], spec: ModelSpec) -> N
 
 def _load_body(body: nn.Module, state: Mapping[str, Tensor], head: set[str], what: str) -> None:
     """Load what the body has; everything else must belong to a head."""
-    own = body.state_dict()
-    classifier = body.pretrained_cfg["classifier"]
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    wrong = [
-        *(f"{key} is missing" for key in own if key not in state),
-        *(
-            f"{key} is not in it"
-            for key in state
-            if key not in own and key not in head and not key.startswith(tuple(f"{name}." for name in heads))
-        ),
-        *(
-            f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ),
-    ]
-    if wrong:
+    own, heads = body.state_dict(), tuple(f"{name}." for name in _heads(body))
+    asked = {key: part for key, part in state.items() if key in own or not (key in head or key.startswith(heads))}
+    if wrong := differences(own, asked):
         raise InputError(
             f"{what} is of another body than this {type(body).__name__}: {len(wrong)} differences, first "
             f"{'; '.join(wrong[:3])}; give preset and options.body as it was built"

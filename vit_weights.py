@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils import InputError, closest
 from vit_encoders import MISFITS, OURS, TappedViT, create_vit
-from weights import HUB_ERRORS, UNREADABLE, offline_message
+from weights import HUB_ERRORS, UNREADABLE, differences, offline_message
 
 # of the pretraining, and of no use to a body: classifier or projection, MAE's decoder, the masked patches' token
 _LEFT_OUT = ("head.", "decoder_", "mask_token", "fc_norm.", "attn_pool.")
@@ -130,16 +130,7 @@ def _load_exactly(body: TappedViT, state: dict[str, Tensor], label: str) -> None
     adapters = {key: tensor for key, tensor in own.items() if "lora_" in key}
     names = {key.replace(".base_layer", ""): key for key in own if key not in adapters}
     state = {key: tensor for key, tensor in state.items() if key in names or not key.startswith(_LEFT_OUT)}
-    wrong = [
-        *(f"{key} is missing" for key in names if key not in state),
-        *(f"{key} is not in the model" for key in state if key not in names),
-        *(
-            f"{key} is {tuple(state[key].shape)}, not {tuple(own[names[key]].shape)}"
-            for key in names
-            if key in state and state[key].shape != own[names[key]].shape
-        ),
-    ]
-    if wrong:
+    if wrong := differences({name: own[key] for name, key in names.items()}, state):
         raise InputError(
             f"{label} is of another architecture than {body.name}: {len(wrong)} differences, first "
             f"{'; '.join(wrong[:3])}"

@@ -6,7 +6,7 @@ Safetensors, or legacy `.pth` with `weights_only=True`; nothing that could run c
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -78,21 +78,25 @@ def load_state(model: nn.Module, path: Path) -> None:
     state |= {key: own[key] for key in own if key.endswith(UNUSED_NORM) and key not in state}
     # transformers 4 stored these buffers; a Swin block works them out from its window
     state = {key: tensor for key, tensor in state.items() if key in own or not key.endswith("relative_position_index")}
-    wrong = [
-        *(f"{key} is missing" for key in own if key not in state),
-        *(f"{key} is not in the model" for key in state if key not in own),
-        *(
-            f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ),
-    ]
-    if wrong:
+    if wrong := differences(own, state):
         raise InputError(
             f"checkpoint {path} is of another architecture than this {type(model).__name__}: "
             f"{len(wrong)} differences, first {'; '.join(wrong[:3])}"
         )
     model.load_state_dict(state)
+
+
+def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """In words, each way in which a given state cannot be the network's own."""
+    return [
+        *(f"{key} is missing" for key in own if key not in given),
+        *(f"{key} is not in the model" for key in given if key not in own),
+        *(
+            f"{key} is {tuple(given[key].shape)}, not {tuple(own[key].shape)}"
+            for key in own
+            if key in given and given[key].shape != own[key].shape
+        ),
+    ]
 
 
 def load_pretrained_file(model: nn.Module, encoder: nn.Module, path: Path) -> None:

@@ -220,10 +220,11 @@ def _check_pretrained(spec: ClassifierSpec) -> None:
 def _body(spec: ClassifierSpec, pretrained: bool) -> nn.Module:
     if is_torchvision(spec.name):
         return torchvision_bodies.build(spec.name, spec.options, spec.classes, spec.image_size, pretrained)
-    return _timm_body(spec, pretrained)
+    return timm_body(spec, pretrained)
 
 
-def _timm_body(spec: ClassifierSpec, pretrained: bool) -> nn.Module:
+def timm_body(spec: ClassifierSpec, pretrained: bool) -> nn.Module:
+    """timm's network of a spec with its head, not normalising its input; what timm refuses is said in a sentence."""
     size = {"img_size": spec.image_size} if is_sized(spec.name) else {}
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.options.items()}
     name = spec.name

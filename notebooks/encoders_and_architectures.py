@@ -18,15 +18,11 @@ PRESET, DATA = os.environ.get("PRESET", "demo"), None
 # PRESET, DATA = "small", "data/isic2018"  # first: !python dataset.py download --to data/isic2018
 
 # %%
-import io
-
 import pandas as pd
-import PIL.Image
-import torch
-from IPython.display import Image, Markdown, display
+from IPython.display import Markdown, display
 
 from experiments import load_config
-from models import ModelSpec, build_model, class_logits, lesion_logits, sites
+from pictures import show
 from studies import architectures, encoders
 
 
@@ -34,46 +30,14 @@ def settings(study):
     return load_config(study, ["--config", f"configs/{study}_{PRESET}.yaml", *(["--data", DATA] if DATA else [])])
 
 
-def show(path):
-    """A picture in 128 colours: a fifth of the bytes of the one in the results folder."""
-    small = io.BytesIO()
-    PIL.Image.open(path).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
-    display(Image(small.getvalue()))
-
-
-# %% [markdown]
-# ## One name, one model
-# Any encoder stands behind the same decoder. Images have to be multiples of a Vision Transformer's patch; its class and
-# register tokens have no place in the image and are left out of every map.
-
-# %%
-spec = ModelSpec("mask2former", "smoke", options={"encoder": {"vit": "dinov2_tiny", "neck": "taps"}})
-model = build_model(spec).eval()
-with torch.no_grad():
-    image = torch.rand(1, 3, 128, 128)
-    print(
-        "lesion log-odds:",
-        tuple(lesion_logits(model, image).shape),
-        "two classes:",
-        tuple(class_logits(model, image).shape),
-    )
-pd.DataFrame(
-    [(site.part, site.name, site.shape, site.prefix) for site in sites(model, 128)],
-    columns=["part", "site", "shape of one image", "tokens without a place"],
-)
-
 # %% [markdown]
 # ## Encoders
-# A study is a grid of trainings; each cell is a folder, finished cells are never run again, failed ones are listed. First the
-# plan, then the run.
+# Behind one decoder, Mask2Former's, stand encoders of several kinds: CLIP's, DINOv2's and MAE's Vision Transformers and a
+# ResNet; in the demo all from random weights. Each is trained on a part of the images and on all of them, from several seeds. A
+# training that has finished is never run again; `--dry-run` on the command line only says what is left, and how long it takes.
 
 # %%
-config = settings("encoders")
-config.dry_run = True
-encoders.run(config)
-# %%
-config.dry_run = False
-folder = encoders.run(config)
+folder = encoders.run(settings("encoders"))
 
 # %% [markdown]
 # Cells on a part of the data see its images so much oftener, so all make equally many steps. A part is drawn by the

@@ -18,36 +18,23 @@ PRESET, DATA = os.environ.get("PRESET", "demo"), None
 # PRESET, DATA = "isic", "data/isic2018"  # first: the two studies that configs/explanations_isic.yaml names
 
 # %%
-import io
 import json
 
 import numpy as np
 import pandas as pd
-import PIL.Image
 import torch
-from IPython.display import Image, Markdown, display
-from matplotlib.figure import Figure
+from IPython.display import Markdown, display
 
 from experiments import load_config
 from explanations.attributions import cost, explain, sites_at_depths
 from explanations.pictures import explanation_grid
 from explanations.targets import class_logit, masked_logit
+from pictures import show
 from similarity import Site
 from studies import classifiers, explanations
 from studies import explanation_words as words
 from studies.explained_images import choose
 from studies.subjects import subjects_of
-
-
-def show(picture):
-    """A figure, or a picture of the results folder, in 128 colours: a fifth of the bytes."""
-    whole, small = io.BytesIO(), io.BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(whole, dpi=150)
-        picture = whole
-    PIL.Image.open(picture).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
-    display(Image(small.getvalue()))
-
 
 # %% [markdown]
 # ## What is explained

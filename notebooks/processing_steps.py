@@ -19,32 +19,18 @@ PRESET, DATA = os.environ.get("PRESET", "demo"), None
 # PRESET, DATA = "isic", "data/isic_resplit"  # first: the studies that configs/processing_steps_isic.yaml names
 
 # %%
-import io
-
 import pandas as pd
-import PIL.Image
 import torch
-from IPython.display import Image, Markdown, display
-from matplotlib.figure import Figure
+from IPython.display import Markdown
 
 from experiments import load_config
+from pictures import show
 from processing import figures
 from processing.planes import imbalance_planes, similarity_planes
 from similarity import Site, record
 from studies import processing_steps
 from studies import processing_words as words
 from studies.processing_work import ENCODER, kept_recording
-
-
-def show(picture):
-    """A figure, or a picture of the results folder, in 128 colours: a fifth of the bytes."""
-    whole, small = io.BytesIO(), io.BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(whole, dpi=150)
-        picture = whole
-    PIL.Image.open(picture).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
-    display(Image(small.getvalue()))
-
 
 # %% [markdown]
 # ## What is compared

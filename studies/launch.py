@@ -88,7 +88,8 @@ def check_launcher(launcher: str, jobs: int, options: Mapping | None = None) -> 
 
 
 def _say(cell: Cell, outcome: str, why: str = "") -> str:
-    print(f"{cell.name}: {outcome}{why}", flush=True)
+    if outcome != "finished before":  # the plan has told how many are left
+        print(f"{cell.name}: {outcome}{why}", flush=True)
     return outcome
 
 

@@ -28,7 +28,7 @@ from similarity import Recording, record_models
 from similarity.intervals import FEWEST_IMAGES
 from similarity.policies import parse_policy
 from sources import ImageSource, open_datasets
-from studies import analysis, site_facts
+from studies import analysis
 from studies import universality_report as report
 from studies.controls import with_lesion
 from studies.recordings import kept_recording
@@ -126,7 +126,6 @@ def run(config: UniversalityConfig) -> Path:
         recordings = record_all(config, datasets["test"], folder, device)
         found = analyse(config, recordings, datasets, folder, device)
         report.write(config, folder, datasets, metrics, found, device)
-        site_facts.write(config, folder, datasets["test"], device)
     return folder
 
 

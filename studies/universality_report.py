@@ -19,6 +19,7 @@ from inference import predict
 from models import TITLES, load_model
 from similarity import alignment, calibration, record_models
 from similarity.measures import MEASURES
+from studies import site_facts
 from studies.analysis import DECONFOUNDED, Findings, aligned_by, chosen_pairs, varying
 from studies.ruler import ESTIMATORS, HEADLINE
 from studies.universality_words import METHODS, sentence, short_table, summary_text
@@ -33,7 +34,7 @@ SMALLEST_PICTURED_MAP = 4  # cells a side; smaller maps show nothing of the imag
 def write(
     config, folder: Path, datasets: dict, metrics: pd.DataFrame, found: Findings, device, quiet: bool = False
 ) -> None:
-    """Figures, summary.md, and (unless quiet) the short table on the terminal."""
+    """Figures, summary.md, facts of the sites, and (unless quiet) the short table on the terminal."""
     names = titles(config)
     figures = {
         **plane_figures(config, found, names),
@@ -47,6 +48,7 @@ def write(
         visualization.save(figure, folder / f"{name}.png")
     text = summary_text(config, datasets, metrics, found.tables, names, found.notes, has_space="shared_space" in shown)
     write_text(folder / "summary.md", text)
+    site_facts.write(config, folder, datasets["test"], device)
     if not quiet:
         print("\n" + short_table(found.tables["summary"]))
         print(sentence(config, found.tables["summary"], names))

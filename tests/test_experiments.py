@@ -52,6 +52,13 @@ def finished(root, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures take a third of the time, and `finished` has them."""
+    for name in ("plane_figures", "verdict_figures_of", "picture_figures"):
+        monkeypatch.setattr(universality.report, name, lambda *_: {})
+
+
 def stamps(folder) -> dict:
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -281,7 +288,7 @@ def test_what_no_stage_could_use_is_refused_before_anything_is_trained(root, tmp
 
 
 def test_controls_that_explain_everything_are_said_and_the_rest_of_the_study_stays(
-    root, finished, tmp_path, monkeypatch
+    root, finished, undrawn, tmp_path, monkeypatch
 ):
     out = tmp_path / "results"
     shutil.copytree(finished, out)
@@ -338,7 +345,7 @@ def test_checkpoints_of_the_study_load_for_inference(finished):
     assert extra["transform"]["size"] == 64 and not model.training
 
 
-def test_a_second_run_recomputes_nothing(finished, root, capsys, monkeypatch):
+def test_a_second_run_recomputes_nothing(finished, root, undrawn, capsys, monkeypatch):
     import train as door
 
     kept = [*(finished / "models").rglob("*.safetensors"), *(finished / "recordings").iterdir()]
@@ -377,7 +384,7 @@ def test_an_image_set_that_has_changed_is_refused(finished, root, tmp_path):
     assert stamps(out) == before
 
 
-def test_an_interrupted_study_continues_to_the_same_numbers(finished, root, tmp_path, monkeypatch):
+def test_an_interrupted_study_continues_to_the_same_numbers(finished, root, undrawn, tmp_path, monkeypatch):
     out = tmp_path / "results"
     inside = universality.train
 
@@ -403,7 +410,7 @@ def test_an_interrupted_study_continues_to_the_same_numbers(finished, root, tmp_
         assert (out / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_a_recording_of_other_weights_is_made_again(finished, root, tmp_path):
+def test_a_recording_of_other_weights_is_made_again(finished, root, undrawn, tmp_path):
     """A stale file in the recordings folder is never taken for the model's own."""
     out = tmp_path / "results"
     shutil.copytree(finished, out)

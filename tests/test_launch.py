@@ -61,7 +61,8 @@ def test_joblib_runs_all_and_a_dying_worker_takes_nobody_along(tmp_path, capsys)
 
 
 INTERRUPTED = """
-import functools, sys
+import functools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from grid_work import work

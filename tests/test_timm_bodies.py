@@ -143,7 +143,7 @@ def test_other_bodies_other_sizes_and_other_normalisations_are_refused(trained, 
         build_model(spec_of("resnet18", wider, weights=folder))
     shorter = VIT | {"depth": 1}
     deep = str(trained / "networks" / "Attention--seed-0")
-    with pytest.raises(InputError, match=r"blocks\.1\.\S+ is not in it"):
+    with pytest.raises(InputError, match=r"blocks\.1\.\S+ is not in the model"):
         build_model(spec_of("vit_tiny_patch16_224", shorter, weights=deep))
     with pytest.raises(InputError, match="normalises its input otherwise"):
         build_model(spec_of("resnet18", RESNET, weights=folder, normalization="half"))

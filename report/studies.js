@@ -142,7 +142,7 @@ function showSteps(entry, found, value) {
   };
   stepsMap.update({
     rows: found.sites_a.map(short), columns: found.sites_b.map(short), rowNames: found.sites_a, columnNames: found.sites_b,
-    z, range: isImbalance(value) ? [0, Math.max(...numbers) || 1] : [Math.min(0, ...numbers), Math.max(1, ...numbers)],
+    z, range: isImbalance(value) ? [0, Math.max(0, ...numbers) || 1] : [Math.min(0, ...numbers), Math.max(1, ...numbers)],
     reversed: isImbalance(value), bar: VALUES[value] ?? value,
     xtitle: found.b, ytitle: found.a, label: `Heat map of ${VALUES[value] ?? value}: sites of ${found.a} by sites of ${found.b}.`,
     lines: (i, j) => [...entry.values.map((name) => [VALUES[name] ?? name, number(at(name, i, j))]),

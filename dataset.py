@@ -25,7 +25,7 @@ from download import DATASETS, SPLITS, fetch_dataset
 from images import IGNORE, Pair, Transform, cache_file, cached_pixels, duplicates, faults, prepare, read_or_fill
 from layouts import AUTO, IMAGE_SUFFIXES, cap, find_splits, recognise, scan, settle_classes
 from resplit import resplit
-from utils import InputError, digest, sentences_instead_of_tracebacks
+from utils import InputError, arguments_in_a_sentence, digest, sentences_instead_of_tracebacks
 
 __all__ = [
     "IMAGE_SUFFIXES",  # of layouts.py, as cap and find_splits, for who serves what it finds
@@ -271,10 +271,14 @@ def _shares(counts: np.ndarray, names: Sequence[str], size: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The commands `check`, `download` and `resplit`; an InputError is one line on stderr and exit code 2."""
-    parser = ArgumentParser(description="Check, download or deal anew a set of images and masks.")
+    prog = "python dataset.py"
+    parser = ArgumentParser(
+        prog=prog, description="Check, download or deal anew a set of images and masks.", exit_on_error=False
+    )
     commands = parser.add_subcommands()
     checking, fetching, dealing = (
-        ArgumentParser(description=f.__doc__.splitlines()[0]) for f in (check, fetch_dataset, resplit)
+        ArgumentParser(description=f.__doc__.splitlines()[0], exit_on_error=False)
+        for f in (check, fetch_dataset, resplit)
     )
     checking.add_function_arguments(check)
     dealing.add_function_arguments(resplit)
@@ -286,9 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_subcommand("check", checking, help=checking.description)
     commands.add_subcommand("download", fetching, help=fetching.description)
     commands.add_subcommand("resplit", dealing, help=dealing.description)
-    options = parser.parse_args(arguments)
-    chosen = {"check": check, "download": fetch_dataset, "resplit": resplit}[options.subcommand]
     try:
+        with arguments_in_a_sentence(prog):
+            options = parser.parse_args(arguments)
+        chosen = {"check": check, "download": fetch_dataset, "resplit": resplit}[options.subcommand]
         return chosen(**options[options.subcommand].as_dict())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from report.tables import Folder, packed, packed_column
 MOST_VALUES = 300_000  # of all planes of a folder: about two megabytes
 PLANE_DIGITS = 3
 KEYS = ("network_a", "network_b", "site_a", "site_b", "depth_a", "depth_b")
+SAID = ("note", "k", "n_images", "neighbours")  # of all rows alike, or in words
 LONGEST_TABLE = 250  # rows of the tables that are shown as tables
 
 
@@ -17,7 +18,10 @@ def entry(folder: Folder) -> dict | None:
     planes = folder.table("planes", ("network_a", "network_b", "site_a", "site_b"))
     if planes is None:
         return None
-    values = [name for name in planes if name not in KEYS and pd.api.types.is_numeric_dtype(planes[name])]
+    if {"a_to_b", "b_to_a"} <= set(planes):  # by the mean of both ways sites are matched
+        planes = planes.assign(both=planes[["a_to_b", "b_to_a"]].mean(axis=1, skipna=False))
+    values = [name for name in planes.drop(columns=[*KEYS, *SAID], errors="ignore") if _has_numbers(planes[name])]
+    values.sort(key=lambda name: name != "both")  # first
     if not values:
         folder.problems.append("planes.csv has no column of numbers.")
         return None
@@ -32,6 +36,7 @@ def entry(folder: Folder) -> dict | None:
     networks = folder.table("networks", ("network",))
     return {
         "values": values,
+        "images": int(planes["n_images"].max()) if "n_images" in planes else None,
         "planes": kept,
         "left_out": len(groups) - len(kept),
         "sites": None if sites is None else packed(sites),
@@ -39,6 +44,10 @@ def entry(folder: Folder) -> dict | None:
         "pairs": _short(folder, "pairs", ("network_a", "network_b"), most=len(groups)),
         "tables": {name: found for name in ("smoothness", "steps") if (found := _short(folder, name, ("network",)))},
     }
+
+
+def _has_numbers(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and column.notna().any()
 
 
 def _plane(rows: pd.DataFrame, values: list[str]) -> dict:

@@ -142,7 +142,8 @@ function showSteps(entry, found, value) {
   };
   stepsMap.update({
     rows: found.sites_a.map(short), columns: found.sites_b.map(short), rowNames: found.sites_a, columnNames: found.sites_b,
-    z, range: [Math.min(0, ...numbers), Math.max(1, ...numbers)], reversed: isImbalance(value), bar: VALUES[value] ?? value,
+    z, range: isImbalance(value) ? [0, Math.max(0, ...numbers) || 1] : [Math.min(0, ...numbers), Math.max(1, ...numbers)],
+    reversed: isImbalance(value), bar: VALUES[value] ?? value,
     xtitle: found.b, ytitle: found.a, label: `Heat map of ${VALUES[value] ?? value}: sites of ${found.a} by sites of ${found.b}.`,
     lines: (i, j) => [...entry.values.map((name) => [VALUES[name] ?? name, number(at(name, i, j))]),
       [found.a, side(found.a, found.sites_a[i], found.depths_a?.[i])],
@@ -150,8 +151,8 @@ function showSteps(entry, found, value) {
   });
   const images = entry.pairRows.find((row) => row.network_a === found.a && row.network_b === found.b);
   byId("steps-caption").textContent = `${aboutImages(entry)}${VALUES[value] ?? value} of every site of ${found.a} with every `
-    + `site of ${found.b}, in order of depth${there(images?.n_images) ? `; n = ${images.n_images} images` : ""}. `
-    + `${isImbalance(value) ? "0: one side tells the other's neighbours; 1: it tells nothing. " : ""}`
+    + `site of ${found.b}, in order of depth${there(entry.images) ? `; n = ${entry.images} images` : ""}. `
+    + `${isImbalance(value) ? "0: one side tells the other's neighbours; 1: it tells nothing; colours are of this pair alone. " : ""}`
     + `${entry.left_out ? `${entry.left_out} more pairs of networks are in planes.csv, left out here for size.` : ""}`;
   const generic = (rows, label) => tableOf(rows, Object.keys(rows[0]).map((key) => [key, (row) => number(row[key])]), label);
   const more = Object.entries(entry.tables).map(([name, table]) => [name, unpack(table)]);

@@ -35,7 +35,7 @@ from studies.recordings import kept_recording
 from studies.results_folder import open_results
 from studies.ruler import ESTIMATORS, HEADLINE, NEIGHBOURS
 from studies.stitched import matched_sites
-from studies.timing import time_a_step
+from studies.timing import statistics_seconds, stitching_seconds, time_a_step, training_seconds
 from train import Recipe, TrainConfig, check_recipe, is_finished, objective, train
 from utils import (
     InputError,
@@ -280,28 +280,25 @@ def analyse(config: UniversalityConfig, recordings: dict, datasets: dict, folder
 
 
 def estimate(config: UniversalityConfig, datasets: dict[str, SegmentationDataset]) -> str:
-    """One sentence: how long the trainings will take here, from timed steps of both models on this machine."""
+    """One sentence: how long all will take here, from timed steps of both models on this machine."""
     sizes = {name: len(data.ids) for name, data in datasets.items()}
-    todo, seconds = 0, 15.0  # figures and start, whatever the number of images
-    for recipe in config.models:
-        remaining = [seed for seed in config.seeds if not _finished(config, recipe, seed)]
-        todo += len(remaining)
-        if remaining:
-            step, forward = time_a_step(recipe, datasets["train"], config.device)
-            images = sizes["train"] * recipe.epochs
-            scored = sizes["validation"] * recipe.epochs + 3 * sizes["test"]
-            seconds += len(remaining) * (images * step + scored * forward)
+    left = [(recipe, sum(not _finished(config, recipe, seed) for seed in config.seeds)) for recipe in config.models]
+    todo = sum(count for _, count in left)
     networks = sum(len(members(config, state)) for state in STATES)
     recorded = f"{networks} recordings of {sizes['test']} test images"
     if not todo:
         return (
-            f"Trainings are finished; {recorded} and their planes follow in about a minute unless they are there too."
+            f"Trainings are finished; {recorded} and what is computed from them follow in minutes, unless they are "
+            "there too."
         )
-    # planes and permutations: measured for two seeds on two cores
+    timed = [time_a_step(recipe, datasets["train"], config.device) for recipe in config.models]
+    trainings = sum(count * training_seconds(recipe, sizes, *each) for (recipe, count), each in zip(left, timed))
+    seconds = trainings + statistics_seconds(config, sizes["test"]) + stitching_seconds(config, sizes["test"], timed)
     epochs = ", ".join(f"{recipe.model} {recipe.epochs} epochs" for recipe in config.models)
-    seconds += 20 * (sizes["test"] / 200) ** 2 * (1 + config.permutations / 100) / 2
-    trainings = f"{todo} trainings on {sizes['train']} images ({epochs})"
-    return f"{trainings}, {recorded}: about {format_seconds(seconds)} on this machine."
+    return (
+        f"{todo} trainings on {sizes['train']} images ({epochs}): about {format_seconds(trainings)}; with {recorded} "
+        f"and what is computed from them about {format_seconds(seconds)} on this machine."
+    )
 
 
 def _finished(config: UniversalityConfig, recipe: Recipe, seed: int) -> bool:

@@ -129,10 +129,10 @@ def make_steps(folder, name="encoder.a"):
         for b in names[i + 1 :]:
             for x, site_a in enumerate(networks[a]):
                 for y, site_b in enumerate(networks[b]):
-                    values = {"a_to_b": 0.1 * x, "b_to_a": 0.1 * y, "both": 0.05 * (x + y), "linear_cka": 0.5}
+                    values = {"a_to_b": 0.1 * x, "b_to_a": 0.1 * y, "linear_cka": 0.5}
                     keys = {"network_a": a, "network_b": b, "site_a": site_a, "site_b": site_b}
-                    rows.append({**keys, "depth_a": x / 2, "depth_b": y, **values, "mutual_knn": 0.3})
-    pd.DataFrame(rows).to_csv(folder / "planes.csv", index=False)
+                    rows.append({**keys, "depth_a": x / 2, "depth_b": y, **values, "mutual_knn": 0.3, "note": None})
+    pd.DataFrame(rows).assign(k=1, n_images=40, neighbours=4).to_csv(folder / "planes.csv", index=False)
     sites = [
         {
             "network": network,

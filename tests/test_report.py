@@ -163,7 +163,8 @@ def test_networks_without_all_pairs_stand_beside_the_tree_and_are_named():
 def test_planes_of_steps_keep_every_value_at_its_place(results):
     table = pd.read_csv(results / "processing-steps-synthetic" / "planes.csv")
     (entry,) = gather([results / "processing-steps-synthetic"])["steps"]
-    assert entry["values"] == ["a_to_b", "b_to_a", "both", "linear_cka", "mutual_knn"] and len(entry["planes"]) == 3
+    assert entry["values"] == ["both", "a_to_b", "b_to_a", "linear_cka", "mutual_knn"] and len(entry["planes"]) == 3
+    assert entry["images"] == 40
     for shown in entry["planes"]:
         rows = table[(table["network_a"] == shown["a"]) & (table["network_b"] == shown["b"])].reset_index()
         assert [shown["sites_a"][code] for code in shown["row_a"]] == rows["site_a"].tolist()

@@ -154,6 +154,8 @@ def test_every_study_is_drawn(show, made):
     assert page.evaluate(tree) == 3
     page.get_by_label("Value", exact=True).last.wait_for(state="attached")
     page.locator("#steps-switches select").last.select_option("b_to_a")
+    assert page.evaluate("document.querySelector('#steps-map .map').data[0].zmax") == pytest.approx(0.1)
+    assert "n = 40 images" in page.locator("#steps-caption").inner_text()
     assert page.evaluate("document.querySelector('#steps-map .map').data[0].z[0]") == pytest.approx([0, 0.1])
     row = page.locator("#legacy-table tbody tr").first.inner_text()
     assert "0.0682 / 0.0295" in row and "changes sign" in row and "0.4 (0.3 … 0.5)" in row

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from classification.places import declared_sites
+from classifier_sites import declared_sites
 from similarity.hooks import list_sites
 from similarity.sites import IMAGE_AXES, Site, contract_axes, find_module, parse
 from utils import InputError, closest

@@ -20,8 +20,8 @@ from timm.models import is_model, list_models, list_pretrained, model_entrypoint
 from torch import Tensor, nn
 
 from classification import torchvision_bodies
-from classification.places import declared_sites
 from classification.torchvision_bodies import is_torchvision
+from classifier_sites import declared_sites
 from model_spec import NORMALIZATIONS
 from similarity import Site, list_sites
 from utils import InputError, atomic_path, closest, file_digest, pick, seed_everything, write_text

@@ -21,7 +21,6 @@ from classification.classifiers import (
 )
 from classification.origins import training_of
 from classification.photos import load_photos, photo_set
-from classification.places import declared_sites
 from classification.training import (
     ClassifierRecipe,
     accuracy,
@@ -31,6 +30,7 @@ from classification.training import (
     train_classifier,
     wilson_interval,
 )
+from classifier_sites import declared_sites
 from explanations.attributions import grad_cams, sites_at_depths
 from explanations.targets import class_logit
 from similarity.hooks import Listener

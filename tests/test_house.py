@@ -25,9 +25,9 @@ ROOMS = {
     "model parts": (("deformable_attention", "dense_decoder", "set_criterion"), ()),
     "models": (
         (
-            *("model_spec", "model_sites", "answers", "weights", "cnn_encoders", "vit_encoders", "vit_weights"),
-            *("mask2former_model", "dense_models", "timm_bodies", "models", "costs", "classification.classifiers"),
-            *("classification.places", "classification.origins", "classification.torchvision_bodies"),
+            *("model_spec", "model_sites", "classifier_sites", "answers", "weights", "cnn_encoders", "vit_encoders"),
+            *("vit_weights", "mask2former_model", "dense_models", "timm_bodies", "models", "costs"),
+            *("classification.classifiers", "classification.origins", "classification.torchvision_bodies"),
         ),
         ("ground", "instrument", "model parts"),
     ),

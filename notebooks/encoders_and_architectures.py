@@ -40,6 +40,7 @@ def settings(study):
 folder = encoders.run(settings("encoders"))
 
 # %% [markdown]
+# ## How good, on how much data, at what cost?
 # Cells on a part of the data see its images so much oftener, so all make equally many steps. A part is drawn by the
 # training's seed, and a smaller one lies within a larger one.
 

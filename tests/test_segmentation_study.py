@@ -15,7 +15,16 @@ from studies import segmentation
 from studies.segmentation import RECIPE, SegmentationConfig, mean_with_bootstrap, summarize_variants, trainings
 from utils import InputError
 
-TINY = ["--synthetic_images", '{"Training": 12, "Validation": 6, "Test": 8}', "--synthetic_size", "64", "--epochs", "1"]
+TINY = [
+    "--preset",
+    "smoke",
+    "--synthetic_images",
+    '{"Training": 12, "Validation": 6, "Test": 8}',
+    "--synthetic_size",
+    "64",
+    "--epochs",
+    "1",
+]
 
 
 @pytest.mark.parametrize(

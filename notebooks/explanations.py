@@ -223,7 +223,7 @@ levels.rename(words.titled).round(2)
 
 # %%
 faithful = pd.read_csv(folder / "faithfulness.csv").fillna({"failed": "does not fail"})
-reasons = faithful.assign(failed=faithful["failed"].str.split("; ")).explode("failed")
+reasons = faithful.assign(failed=faithful["failed"].str.split("; ")).explode("failed", ignore_index=True)
 pd.crosstab(reasons["variant"].map(words.titled), reasons["failed"])
 
 # %% [markdown]

@@ -46,5 +46,6 @@ def stitching_seconds(config, images: int, timed: list[tuple[float, float]]) -> 
     if not config.stitch_pairs or len(config.seeds) < 2:
         return 0
     step, forward = np.mean(timed, axis=0)
+    # the stitch, and for one job in three the mean alone in its place, score all images through two networks
     trained = config.stitch_epochs * config.stitch_images * (step + forward)
     return 2 * config.stitch_pairs * 3 * (trained + 8 / 3 * images * forward)
